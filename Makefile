@@ -1,0 +1,44 @@
+# Needs Python 3.11+, pip and make. Every command sets up .venv first, and again when the dependencies change.
+PYTHON ?= python3
+VENV := .venv/.installed
+RUN := .venv/bin/python
+PYTEST := $(RUN) -m pytest
+
+export OMP_NUM_THREADS := 1
+
+.DELETE_ON_ERROR:
+.PHONY: demo demo-recovery check test test-all soak bench clean
+
+demo: demo-recovery ## the main job
+
+demo-recovery: $(VENV) ## kill and hang ranks on the way, compare with the run that never failed
+	$(RUN) -m lightning_flashrl.cli.demo
+
+check: $(VENV) ## static checks
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: check ## checks and tests
+	$(PYTEST) -m "not slow and not soak"
+
+test-all: check ## also the slow matrices, and a wheel in a clean environment
+	$(PYTEST) -m "not soak"
+	bash tests/wheel_check.sh
+
+soak: $(VENV) ## random kills for many minutes
+	$(PYTEST) -m soak --timeout=0 -s
+
+bench: $(VENV) ## benchmarks beside their peers
+	$(RUN) benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# torch comes first and alone, so that nothing else decides which build of it is taken.
+$(VENV): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install -c constraints.txt -e '.[dev,notebooks]'
+	touch $@

@@ -1,0 +1,37 @@
+"""Training that survives the death of any process, and streaming RL on top of it.
+
+Importing this package makes ``Trainer(strategy="flash_ddp")`` known, before or after ``import lightning``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_flashrl._registration import register_strategies
+
+if TYPE_CHECKING:
+    from lightning_flashrl.strategies import FlashDDPStrategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FlashDDPStrategy": "lightning_flashrl.strategies",
+}
+
+__all__ = ["FlashDDPStrategy"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+register_strategies()

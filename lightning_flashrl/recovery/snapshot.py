@@ -1,0 +1,266 @@
+"""What a rank must keep per step so that it can be reborn: its random states and the plain state of known objects.
+
+Replicated tensors (parameters, optimizer state) are not here: every other rank has them. What is here is what no other
+rank has: random number generators, loop counters, partial metrics, and whatever the user's modules and callbacks keep in
+attributes. A :class:`Freezer` writes the attributes of known objects as one pickle, in which known objects and large
+tensors appear by name. The bytes never leave the memory of this host.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+_PLAIN = (int, float, bool, str, bytes, type(None))
+LARGE_BYTES = 1 << 16
+"""Tensors from this size on travel from a donor instead of through the slot, unless they are rank-local buffers."""
+
+
+# ---------------------------------------------------------------------- random states
+def capture_rng(device: torch.device | None = None) -> tuple[Any, ...]:
+    """Return the states of Python's, NumPy's, torch's and the device's generators as plain bytes and numbers."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: list[Any] = [
+        (version, np.array(internal, dtype=np.uint32).tobytes(), gauss),
+        (name, np.asarray(keys).tobytes(), position, has_gauss, cached),
+        torch.get_rng_state().numpy().tobytes(),
+    ]
+    if device is not None and device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device).numpy().tobytes())
+    return tuple(states)
+
+
+def restore_rng(states: tuple[Any, ...], device: torch.device | None = None) -> None:
+    """Set all generators to what :func:`capture_rng` returned."""
+    version, internal, gauss = states[0]
+    random.setstate((version, tuple(np.frombuffer(internal, dtype=np.uint32).tolist()), gauss))
+    name, keys, position, has_gauss, cached = states[1]
+    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(torch.frombuffer(bytearray(states[2]), dtype=torch.uint8))
+    if device is not None and len(states) > 3:
+        state = torch.frombuffer(bytearray(states[3]), dtype=torch.uint8)
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+# ---------------------------------------------------------------------- tensors by value
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The tensor's values as bytes, in row order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def tensor_from_bytes(content: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
+    """Inverse of :func:`tensor_bytes`."""
+    if not content:
+        return torch.empty(shape, dtype=dtype, device=device)
+    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).reshape(shape)
+    return tensor if device == "cpu" else tensor.to(device)
+
+
+_thawing: list[Callable[[Any], Any]] = []
+"""Resolvers of the thaw in progress, innermost last."""
+
+
+def _named(name: Any) -> Any:
+    """Called while thawing: the known object or large tensor of that name."""
+    return _thawing[-1](name)
+
+
+# ---------------------------------------------------------------------- attributes of known objects
+@dataclass(slots=True)
+class _Watched:
+    """One object whose attributes are kept."""
+
+    name: Any
+    object: Any
+    excluded: frozenset[str]
+    keys: tuple[str, ...] = ()
+    getter: Callable[[Any], Any] | None = None
+    num_attributes: int = -1
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class Freezer:
+    """Keeps the plain attributes of a set of known objects.
+
+    Args:
+        attribute_limit_bytes: an attribute that takes more is left out, and reported through ``on_refused``.
+        on_refused: told (object name, attribute, reason) once for each attribute that cannot be kept.
+    """
+
+    def __init__(
+        self, attribute_limit_bytes: int = 1 << 20, on_refused: Callable[[Any, str, str], None] = lambda *_: None
+    ) -> None:
+        self._limit = attribute_limit_bytes
+        self._on_refused = on_refused
+        self._watched: list[_Watched] = []
+        self._names: dict[int, Any] = {}
+        self._objects: dict[Any, Any] = {}
+        self._keep_alive: list[Any] = []
+        self._skipped: tuple[type, ...] = ()
+        self._dispatch: dict[type, Callable[[Any], Any]] = {
+            torch.Tensor: self._reduce_tensor,
+            torch.nn.Parameter: self._reduce_tensor,
+            torch.dtype: lambda dtype: (getattr, (torch, str(dtype).removeprefix("torch."))),
+            torch.device: lambda device: (torch.device, (str(device),)),
+        }
+        self._schema = b""
+        self._is_stale = True
+        self.large: dict[Any, torch.Tensor] = {}
+        """Large tensors met in attributes: left to the donor."""
+
+    # ------------------------------------------------------------------ what is known
+    def name(self, thing: Any, name: Any) -> None:
+        """Let ``thing`` appear by ``name`` wherever it is referred to."""
+        self._names[id(thing)] = name
+        self._objects[name] = thing
+        self._keep_alive.append(thing)
+        self._dispatch.setdefault(type(thing), self._reduce_known)
+
+    def skip_types(self, *types: type) -> None:
+        """Leave out attributes of these types: the newcomer's own are right."""
+        self._skipped += types
+
+    def watch(self, thing: Any, name: Any, excluded: Iterable[str] = ()) -> None:
+        """Keep the attributes of ``thing``, except the excluded ones."""
+        if id(thing) not in self._names:
+            self.name(thing, name)
+        self._watched.append(_Watched(name, thing, frozenset(excluded)))
+        self._is_stale = True
+
+    def _reduce_known(self, thing: Any) -> Any:
+        name = self._names.get(id(thing))
+        return thing.__reduce_ex__(5) if name is None else (_named, (name,))
+
+    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return (_named, (name,))
+        if tensor.nbytes >= LARGE_BYTES:
+            raise _LargeTensorError(tensor)
+        return (tensor_from_bytes, (tensor_bytes(tensor), tensor.dtype, tuple(tensor.shape), str(tensor.device)))
+
+    def _dumps(self, thing: Any) -> bytes:
+        stream = io.BytesIO()
+        pickler = pickle.Pickler(stream, protocol=5)
+        pickler.dispatch_table = self._dispatch
+        pickler.dump(thing)
+        return stream.getvalue()
+
+    # ------------------------------------------------------------------ schema
+    def _may_keep(self, watched: _Watched, key: str, value: Any) -> bool:
+        if key in watched.excluded:
+            return False
+        if isinstance(value, _PLAIN):
+            return True
+        if key in watched.refused:
+            return False
+        if isinstance(value, self._skipped) or id(value) in self._names:
+            return not isinstance(value, self._skipped)
+        try:
+            size = len(self._dumps(value))
+        except _LargeTensorError as error:
+            name = (watched.name, key)
+            self.name(error.tensor, name)
+            self.large[name] = error.tensor
+            return self._may_keep(watched, key, value)
+        except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+            watched.refused[key] = f"cannot be pickled ({error})"
+        else:
+            if size <= self._limit:
+                return True
+            watched.refused[key] = f"takes {size} bytes, more than {self._limit}"
+        self._on_refused(watched.name, key, watched.refused[key])
+        return False
+
+    def _refresh(self, watched: _Watched) -> None:
+        attributes = vars(watched.object)
+        watched.keys = tuple(key for key, value in attributes.items() if self._may_keep(watched, key, value))
+        watched.num_attributes = len(attributes)
+        watched.getter = itemgetter(*watched.keys) if watched.keys else None
+
+    def _update_schema(self) -> None:
+        for watched in self._watched:
+            self._refresh(watched)
+        self._schema = pickle.dumps([(w.name, w.keys) for w in self._watched if w.keys], protocol=5)
+        self._is_stale = False
+
+    # ------------------------------------------------------------------ freeze and thaw
+    def freeze(self, extra: Any = None) -> tuple[bytes, bytes]:
+        """Return (schema, content) of all watched objects and of ``extra``, which may refer to them."""
+        if self._is_stale or any(len(vars(w.object)) != w.num_attributes for w in self._watched):
+            self._update_schema()
+        try:
+            return self._schema, self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
+        except (_LargeTensorError, pickle.PicklingError, TypeError, AttributeError, KeyError, RuntimeError):
+            self._update_schema()  # an attribute vanished, or holds something new that cannot be kept
+            return self._schema, self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
+
+    def thaw(self, schema: bytes, content: bytes, missing: Callable[[Any], Any] | None = None) -> Any:
+        """Set the attributes of all watched objects to what was frozen; return ``extra``.
+
+        Args:
+            schema: from :meth:`freeze`.
+            content: from :meth:`freeze`.
+            missing: called with a name that is not known here (a large tensor that a donor supplies).
+        """
+
+        def resolve(name: Any) -> Any:
+            if name in self._objects:
+                return self._objects[name]
+            if missing is None:
+                raise KeyError(name)
+            return missing(name)
+
+        _thawing.append(resolve)
+        try:
+            states, extra = pickle.loads(content)  # noqa: S301 - our own memory, never the network
+        finally:
+            _thawing.pop()
+        for (name, keys), values in zip(pickle.loads(schema), states, strict=True):  # noqa: S301
+            target = self._objects.get(name)
+            if target is None:
+                continue
+            if len(keys) == 1:
+                values = (values,)
+            vars(target).update(zip(keys, values, strict=True))
+        return extra
+
+
+class _LargeTensorError(Exception):
+    """Raised inside a pickle to find a tensor that is too large for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+# ---------------------------------------------------------------------- changed buffers
+class BufferWatch:
+    """Finds tensors that were written in place since they were last looked at.
+
+    Args:
+        tensors: by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._versions = {name: tensor._version for name, tensor in self._tensors.items()}
+        self._changed: set[str] = set()
+
+    def changed(self) -> dict[str, torch.Tensor]:
+        """Tensors that differ from the start, by name."""
+        for name, tensor in self._tensors.items():
+            if tensor._version != self._versions[name]:
+                self._versions[name] = tensor._version
+                self._changed.add(name)
+        return {name: self._tensors[name] for name in sorted(self._changed)}

@@ -1,0 +1,172 @@
+"""``strategy="flash_ddp"``: DistributedDataParallel whose ranks may die."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_flashrl.communicator import make_transport
+from lightning_flashrl.recovery.slot import Region, Word
+from lightning_flashrl.strategies.environment import FlashEnvironment, FlashLauncher
+from lightning_flashrl.strategies.epoch_loop import install_loops
+from lightning_flashrl.strategies.logger_state import adopt_versions
+from lightning_flashrl.strategies.runtime import RecoveryRuntime
+from lightning_flashrl.strategies.session import FitSession
+from lightning_flashrl.supervisor.client import RankClient
+from lightning_flashrl.types import Phase
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class FlashDDPStrategy(DDPStrategy):
+    """Data-parallel training that goes on, exactly, when ranks die.
+
+    A LightningModule that trains under ``ddp`` trains under ``flash_ddp``. Survivors of a fault stay inside ``fit``; the
+    dead rank's replacement takes parameters and optimizer state from a survivor, its own random states, counters and
+    data position from shared memory that outlived it, and the interrupted step is completed.
+
+    Args:
+        standby: processes kept imported ahead of need by a program that starts its own ranks (``python train.py``).
+        launcher_options: further ``flashrun`` arguments for such a program, e.g. ``["--log-dir", "logs"]``.
+        timeout: of one collective; a lost rank is noticed long before.
+        **kwargs: as for :class:`lightning.pytorch.strategies.DDPStrategy`.
+
+    Source: FlashRecovery, arXiv 2509.03047.
+    """
+
+    def __init__(
+        self,
+        *,
+        standby: int = 1,
+        launcher_options: list[str] | None = None,
+        timeout: timedelta | None = _COLLECTIVE_TIMEOUT,
+        cluster_environment: ClusterEnvironment | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(cluster_environment=cluster_environment or FlashEnvironment(), timeout=timeout, **kwargs)
+        self._launcher_options = ["--standby", str(standby), *(launcher_options or [])]
+        self.runtime: RecoveryRuntime | None = None
+        self.session: FitSession | None = None
+
+    # ------------------------------------------------------------------ processes and groups
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = FlashLauncher(self.num_processes, self.num_nodes, self._launcher_options, self.cluster_environment)
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = self._get_process_group_backend()
+        self.runtime = _runtime_of_process(self._process_group_backend, self.root_device, self._timeout)
+
+    def _get_process_group_backend(self) -> str:
+        return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+
+    def setup(self, trainer: Trainer) -> None:
+        runtime = self.runtime
+        assert runtime is not None
+        if trainer.state.fn == TrainerFn.FITTING:
+            if self.session is None or self.session.trainer is not trainer:
+                self.session = FitSession(trainer, runtime)
+            install_loops(self.session, trainer.fit_loop, trainer.lightning_module)
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._gate_updates()
+
+    def _gate_updates(self) -> None:
+        """Let every update wait, after clipping, until all ranks are ready for it."""
+        plugin, session = self.precision_plugin, self.session
+        assert session is not None
+        after_closure = type(plugin)._after_closure
+
+        def gated(model: LightningModule, optimizer: Any) -> None:
+            after_closure(plugin, model, optimizer)
+            session.commit()
+
+        plugin._after_closure = gated  # type: ignore[method-assign]
+
+    # ------------------------------------------------------------------ the model
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        runtime = self.runtime
+        assert runtime is not None
+        device_ids = self.determine_ddp_device_ids()
+        communicator = runtime.communicator
+        if runtime.must_enter:
+            communicator.skip_unrecorded()
+            return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, **self._ddp_kwargs)
+        with communicator.unrecorded():
+            return DistributedDataParallel(model, device_ids=device_ids, **self._ddp_kwargs)
+
+    # ------------------------------------------------------------------ steps
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.session is not None
+        self.session.committed()
+        return output
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        assert self.runtime is not None
+        self.runtime.slot.beat_loop()
+        self.runtime.slot[Word.PHASE] = phase
+        yield
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._phase(Phase.FORWARD):
+            return super().training_step(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._phase(Phase.BACKWARD):
+            return super().backward(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._phase(Phase.VALIDATION):
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._phase(Phase.VALIDATION):
+            return super().test_step(*args, **kwargs)
+
+    # ------------------------------------------------------------------ checkpoints
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        assert self.runtime is not None
+        with self._phase(Phase.CHECKPOINT):
+            if self.is_global_zero:
+                self.runtime.note_file(str(filepath))
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            if self.is_global_zero:
+                self.runtime.client.note_checkpoint(str(filepath))
+
+
+_runtime: RecoveryRuntime | None = None
+
+
+def _runtime_of_process(backend: str, device: torch.device, timeout: timedelta | None) -> RecoveryRuntime:
+    """The process's one runtime; a second ``fit``, ``validate`` or ``test`` uses it again."""
+    global _runtime
+    if _runtime is None:
+        client = RankClient.from_environ()
+        assert client is not None
+        seconds = (timeout or _COLLECTIVE_TIMEOUT).total_seconds()
+        _runtime = RecoveryRuntime(client, make_transport(backend), device, seconds)
+        _runtime.start()
+    return _runtime

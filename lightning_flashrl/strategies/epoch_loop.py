@@ -1,0 +1,101 @@
+"""Lightning's training loops with doors: a replacement may enter at a resume point.
+
+The only file that overrides Lightning's private loops; `tests/strategies/test_lightning_contract.py` fails when their
+shape changes. A survivor runs through them as if nothing was overridden: it never unwinds.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+
+from lightning_flashrl.types import ResumeKind
+
+if TYPE_CHECKING:
+    from lightning_flashrl.strategies.session import FitSession
+
+
+class FlashAutomaticOptimization(_AutomaticOptimization):
+    """Runs a batch; for a replacement that enters after the batch was committed, only returns its outputs."""
+
+    session: FitSession
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        if self.session.is_entering_after_commit:
+            return self.session.end_entry_after_commit()
+        return super().run(optimizer, batch_idx, kwargs)
+
+    def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Optimizer, batch_idx: int) -> Closure:
+        self.session.closure = super()._make_closure(kwargs, optimizer, batch_idx)
+        return self.session.closure
+
+
+class FlashTrainingEpochLoop(_TrainingEpochLoop):
+    """An epoch that a replacement can enter in the middle."""
+
+    session: FitSession
+
+    def run(self, data_fetcher: _DataFetcher) -> None:
+        session = self.session
+        kind = session.begin_epoch(self, data_fetcher)
+        if kind is None:
+            self.reset()
+            self.on_run_start(data_fetcher)
+            session.publish_at_next_batch()
+        while kind is not None or not self.done:
+            try:
+                if kind is not ResumeKind.BATCH_END:
+                    if kind is None:
+                        session.begin_batch(self)
+                    self.advance(data_fetcher)
+                    session.end_batch(self, data_fetcher)
+                kind = None
+                self.on_advance_end(data_fetcher)
+            except StopIteration:
+                break
+            finally:
+                self.on_iteration_done()
+
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        trainer = self.trainer
+        if trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not self.restarting:
+            self.session.position.begin_iterator(trainer.fit_loop.epoch_progress.current.processed)
+        self.session.position.offset = self.batch_progress.current.ready
+        super().on_run_start(data_fetcher)
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        if self.session.runtime.stop_version is not None:
+            raise SIGTERMException
+        if self.trainer.received_sigterm:
+            self.session.runtime.request_stop()
+
+
+class FlashFitLoop(_FitLoop):
+    """A fit whose ranks leave together, so that the last of them can still be replaced."""
+
+    session: FitSession
+
+    def _load_combined_loader_states(self) -> None:
+        super()._load_combined_loader_states()
+        self.session.position.begin_iterator(self.epoch_progress.current.processed)
+
+    def on_run_end(self) -> None:
+        super().on_run_end()
+        self.session.runtime.finish_fit()
+
+
+def install_loops(session: FitSession, fit_loop: _FitLoop, module: LightningModule) -> None:
+    """Let the trainer's own loop objects take the flash classes; what they hold stays."""
+    fit_loop.__class__ = FlashFitLoop
+    fit_loop.epoch_loop.__class__ = FlashTrainingEpochLoop
+    fit_loop.epoch_loop.automatic_optimization.__class__ = FlashAutomaticOptimization
+    for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization):
+        loop.session = session  # type: ignore[attr-defined]

@@ -1,0 +1,198 @@
+"""What only this rank knows of a Lightning run, as bytes, and back into a freshly set-up trainer.
+
+Kept: random states, loop counters, logged values not yet reduced, plain attributes of the LightningModule, its
+submodules (metrics included), the callbacks and the data module, schedulers, hyperparameters of optimizers, buffers and
+frozen parameters that changed, the position in the data. Not kept, because every rank has them: trainable parameters,
+optimizer state, the gradient scaler.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import Metric
+
+from lightning_flashrl.recovery.snapshot import BufferWatch, Freezer, capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from lightning_flashrl.strategies.position import DataPosition
+
+log = logging.getLogger(__name__)
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_LIGHTNING_INTERNALS = frozenset(
+    {"_trainer", "_fabric", "_fabric_optimizers", "_log_hyperparams", "_jit_is_scripting", "_compiler_ctx", "_hparams"}
+    | {"_hparams_initial", "_hparams_name", "_device_mesh", "_metric_attributes", "_should_prevent_trainer_and_dataloaders_deepcopy"}
+)
+_METRIC_INTERNALS = frozenset(
+    {"update", "compute", "_update_signature", "_defaults", "_persistent", "_reductions", "_device", "_dtype", "_cache"}
+)
+_LOOP_REFERENCES = frozenset(
+    {"trainer", "_combined_loader", "_data_fetcher", "_data_source", "_warning_cache", "epoch_loop", "val_loop"}
+    | {"automatic_optimization", "manual_optimization", "_logger_connector"}
+)
+_TRAINER_FLAGS = ("should_stop", "_last_val_time", "_train_start_time")
+_RESULT_FIELDS = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
+
+
+def _rebuild_result(meta: Any, is_tensor: bool, state: dict[str, Any]) -> _ResultMetric:
+    result = _ResultMetric(meta, is_tensor)
+    vars(result).update(state)
+    return result
+
+
+def _reduce_result(result: _ResultMetric) -> Any:
+    attributes = vars(result)
+    return _rebuild_result, (result.meta, result.is_tensor, {k: attributes[k] for k in _RESULT_FIELDS if k in attributes})
+
+
+def _rebuild_collection(training: bool, items: dict[str, Any], batch_size: int | None, index: int | None) -> _ResultCollection:
+    collection = _ResultCollection(training)
+    collection.update(items)
+    collection.batch_size = batch_size
+    collection.dataloader_idx = index
+    return collection
+
+
+def _reduce_collection(collection: _ResultCollection) -> Any:
+    state = (collection.training, dict(collection), collection.batch_size, collection.dataloader_idx)
+    return _rebuild_collection, state
+
+
+def _module_trees(callback: Callback) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a callback holds, e.g. averaged weights."""
+    for key, value in vars(callback).items():
+        if isinstance(value, nn.Module) and not isinstance(value, LightningModule):
+            yield key, value
+
+
+class LocalState:
+    """Freezes and thaws the rank-local state of one ``fit``.
+
+    Args:
+        trainer: set up, at the entry of its first epoch.
+        position: where in the training data the rank is.
+    """
+
+    def __init__(self, trainer: Trainer, position: DataPosition) -> None:
+        self._trainer = trainer
+        self._position = position
+        self._module: LightningModule = trainer.lightning_module
+        self._device: torch.device = trainer.strategy.root_device
+        self._parameters = dict(self._module.named_parameters())
+        self._freezer = Freezer(on_refused=self._report_refused)
+        self._freezer._dispatch[_ResultMetric] = _reduce_result
+        self._freezer._dispatch[_ResultCollection] = _reduce_collection
+        self._values: dict[str, torch.Tensor] = {}
+        self._name_objects()
+        self._buffers = BufferWatch(self._values)
+
+    @staticmethod
+    def _report_refused(owner: Any, attribute: str, reason: str) -> None:
+        log.debug("not kept for a replacement: %s.%s %s", owner, attribute, reason)
+
+    def _name_objects(self) -> None:
+        trainer, freezer = self._trainer, self._freezer
+        freezer.skip_types(DataLoader, Dataset, Sampler, CombinedLoader, _DataFetcher, LRScheduler, Logger, nn.Module)
+        freezer.name(trainer, "trainer")
+        freezer.name(trainer.strategy, "strategy")
+        for index, optimizer in enumerate(trainer.optimizers):
+            freezer.name(optimizer, ("optimizer", index))
+        for name, parameter in self._parameters.items():
+            freezer.name(parameter, ("parameter", name))
+            if not parameter.requires_grad:
+                self._values[f"module.{name}"] = parameter
+        self._watch_tree(self._module, "module")
+        loops = {
+            "fit": trainer.fit_loop,
+            "epoch": trainer.fit_loop.epoch_loop,
+            "automatic": trainer.fit_loop.epoch_loop.automatic_optimization,
+            "manual": trainer.fit_loop.epoch_loop.manual_optimization,
+            "validation": trainer.fit_loop.epoch_loop.val_loop,
+        }
+        for name, loop in loops.items():
+            freezer.watch(loop, ("loop", name), _LOOP_REFERENCES)
+        freezer.watch(trainer._logger_connector, "logger_connector", {"trainer"})
+        if trainer.datamodule is not None:
+            freezer.watch(trainer.datamodule, "datamodule", {"trainer", *_LIGHTNING_INTERNALS})
+        for index, callback in enumerate(trainer.callbacks):
+            freezer.watch(callback, ("callback", index), {"_fs"})
+            for key, tree in _module_trees(callback):
+                self._watch_tree(tree, f"callback{index}.{key}")
+
+    def _watch_tree(self, root: nn.Module, prefix: str) -> None:
+        for name, module in root.named_modules(prefix=prefix):
+            excluded = _MODULE_INTERNALS
+            if isinstance(module, LightningModule):
+                excluded = excluded | _LIGHTNING_INTERNALS
+            if isinstance(module, Metric):
+                excluded = excluded | _METRIC_INTERNALS
+            self._freezer.watch(module, ("submodule", name), excluded)
+        for name, buffer in root.named_buffers(prefix=prefix):
+            self._freezer.name(buffer, ("buffer", name))
+            self._values[name] = buffer
+        if root is not self._module:
+            for name, parameter in root.named_parameters(prefix=prefix):
+                self._freezer.name(parameter, ("parameter", name))
+                self._values[name] = parameter
+
+    def capture(self, outputs: Any = None) -> tuple[bytes, bytes]:
+        """Return (schema, content) of this moment.
+
+        Args:
+            outputs: of the training step, for the hooks that a replacement has still to call.
+        """
+        trainer = self._trainer
+        extra = {
+            "rng": capture_rng(self._device),
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "groups": [
+                [{**group, "params": list(group["params"])} for group in optimizer.param_groups] for optimizer in trainer.optimizers
+            ],
+            "requires_grad": [parameter.requires_grad for parameter in self._parameters.values()],
+            "buffers": {name: tensor.detach().clone() for name, tensor in self._buffers.changed().items()},
+            "data": self._position.capture(),
+            "flags": {name: getattr(trainer, name) for name in _TRAINER_FLAGS if hasattr(trainer, name)},
+            "outputs": outputs,
+        }
+        return self._freezer.freeze(extra)
+
+    def restore(self, schema: bytes, content: bytes) -> Any:
+        """Set this rank's state to a captured one; the data position is left to the caller.
+
+        Returns:
+            the training step's outputs given to :meth:`capture`.
+        """
+        trainer = self._trainer
+        results = trainer.fit_loop.epoch_loop._results
+        extra = self._freezer.thaw(schema, content)
+        trainer.fit_loop.epoch_loop._results.batch = results.batch
+        for config, state in zip(trainer.lr_scheduler_configs, extra["schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        for optimizer, groups in zip(trainer.optimizers, extra["groups"], strict=True):
+            while len(optimizer.param_groups) < len(groups):
+                optimizer.add_param_group(groups[len(optimizer.param_groups)])
+            for group, kept in zip(optimizer.param_groups, groups, strict=True):
+                group.update(kept)
+        for parameter, requires_grad in zip(self._parameters.values(), extra["requires_grad"], strict=True):
+            parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for name, value in extra["buffers"].items():
+                self._values[name].copy_(value)
+        for name, value in extra["flags"].items():
+            setattr(trainer, name, value)
+        self._position.restore(extra["data"])
+        restore_rng(extra["rng"], self._device)
+        return extra["outputs"]

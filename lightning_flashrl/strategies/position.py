@@ -1,0 +1,92 @@
+"""Where in the training data a rank is, and how a replacement gets there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+
+from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
+
+_SEEDED_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, BatchSampler)
+"""Samplers that draw nothing from the global generators after their iterator was made."""
+
+
+class DataPosition:
+    """Counts the batches taken from the training iterator and remembers how that iterator was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rng_at_iter = capture_rng(device)
+        self._epoch = 0
+        self.consumed = 0
+        self.offset = 0
+        """Batches that the loop counts as fetched although this iterator did not give them (a resumed epoch)."""
+
+    def begin_iterator(self, epoch: int) -> None:
+        """The training iterator is about to be made: its seeds come from the random states of this moment."""
+        self._rng_at_iter = capture_rng(self._device)
+        self._epoch = epoch
+        self.consumed = 0
+        self.offset = 0
+
+    def capture(self) -> tuple[Any, ...]:
+        """This position as plain values."""
+        return (self._rng_at_iter, self._epoch, self.consumed, self.offset)
+
+    def restore(self, captured: tuple[Any, ...]) -> None:
+        """Take over a captured position; the iterator follows with :meth:`seek`."""
+        self._rng_at_iter, self._epoch, self.consumed, self.offset = captured
+
+    def seek(self, fetcher: _DataFetcher, consumed: int) -> None:
+        """Make the training iterator anew, as it was made, and step over ``consumed`` batches.
+
+        Batches that worker processes or stateful loaders produce are produced again, so that the random states inside
+        them move on as well; plain loaders only step their sampler.
+        """
+        restore_rng(self._rng_at_iter, self._device)
+        for loader in fetcher.combined_loader.flattened:
+            _set_sampler_epoch(loader, self._epoch)
+        iter(fetcher)
+        fetcher.fetched += self.offset
+        if consumed and not self._skip_samples(fetcher, consumed):
+            for _ in range(consumed):
+                next(fetcher)
+
+    @staticmethod
+    def _skip_samples(fetcher: _DataFetcher, count: int) -> bool:
+        """Step the samplers of plain loaders over ``count`` batches without loading them; false if that is not exact."""
+        combined = fetcher.combined_loader
+        iterator = combined._iterator
+        if fetcher.length is None or combined._mode != "max_size_cycle" or iterator is None:
+            return False
+        loaders = combined.flattened
+        if not all(_is_plain(loader) and len(loader) >= count for loader in loaders):
+            return False
+        if not all(isinstance(it, _SingleProcessDataLoaderIter) for it in iterator.iterators):
+            return False
+        for loader_iterator in iterator.iterators:
+            for _ in range(count):
+                loader_iterator._next_index()
+            loader_iterator._num_yielded += count
+        iterator._idx += count
+        fetcher.fetched += count
+        fetcher.done = fetcher.fetched >= fetcher.length
+        return True
+
+
+def _is_plain(loader: Any) -> bool:
+    """Whether a loader's position is its sampler's position and nothing else."""
+    if type(loader) is not DataLoader or loader.num_workers or isinstance(loader.dataset, IterableDataset):
+        return False
+    batch_sampler = loader.batch_sampler
+    if batch_sampler is None or type(batch_sampler) is not BatchSampler:
+        return False
+    sampler = batch_sampler.sampler
+    if isinstance(sampler, RandomSampler):
+        return sampler.generator is None
+    return isinstance(sampler, _SEEDED_SAMPLERS)

@@ -1,0 +1,510 @@
+"""The rank's side of a recovery: when to publish, when to commit, what to do when the quorum changes.
+
+Owns one loop, the recovery thread:
+
+| state               | waits for                                   | unblocked by                                   |
+|---------------------|---------------------------------------------|------------------------------------------------|
+| idle                | a change of quorum                          | the supervisor                                 |
+| parking             | the program to need the lost rank           | its next collective or commit                  |
+| planning            | the plan                                    | all ranks having reported                      |
+| rebuilding          | all members                                 | their arrival, or the next change of quorum    |
+| giving (donor)      | its own update to end; the newcomer         | the program; the newcomer's receive            |
+| redoing             | collectives issued again                    | the newcomer taking part                       |
+
+The program's thread meets it in four places: a collective (it holds there), :meth:`RecoveryRuntime.commit` (it waits for
+all ranks to be ready), :meth:`RecoveryRuntime.enter` (a newcomer's entry into training) and
+:meth:`RecoveryRuntime.finish_fit` (all ranks leave together).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import shutil
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import Backend
+
+from lightning_flashrl import clock
+from lightning_flashrl.communicator.base import Transport
+from lightning_flashrl.communicator.holding import Communicator, HoldingProcessGroup, make_default
+from lightning_flashrl.errors import NoDonorError
+from lightning_flashrl.recovery.slot import RankState, Region, Word
+from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
+from lightning_flashrl.supervisor.client import RankClient
+from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
+from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint
+
+_COMMIT_BUFFERS = (Region.COMMIT_A, Region.COMMIT_B)
+_MID_BUFFERS = (Region.MID_A, Region.MID_B)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A resume point read back from a slot.
+
+    Attributes:
+        ordinal: publications of the rank up to this one.
+        point: where in the program.
+        facts: small values that a replacement needs before it has set up anything (logger versions, …).
+        schema: of the frozen state.
+        content: the frozen state.
+    """
+
+    ordinal: int
+    point: ResumePoint
+    facts: dict[str, Any]
+    schema: bytes
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a newcomer needs to enter: where, with which state, and from whom the rest comes."""
+
+    published: Published
+    donor: int
+    native: Backend
+    changed: threading.Event
+
+
+class RecoveryRuntime:
+    """Recovery inside one rank.
+
+    Args:
+        client: the rank's connection to its supervisor.
+        transport: native backend.
+        device: of this rank.
+        timeout_s: of a native collective.
+    """
+
+    def __init__(self, client: RankClient, transport: Transport, device: torch.device, timeout_s: float) -> None:
+        self.client = client
+        self.slot = client.slot
+        self.device = device
+        self.version = 0
+        """Optimizer updates contained in this rank's parameters and optimizer state."""
+        self.ordinal = 0
+        self.is_training = False
+        self.stop_version: int | None = None
+        """All ranks agreed to stop after this many updates, because one of them got SIGTERM."""
+        self.on_recovery_start: Callable[[QuorumChange], None] = lambda change: None
+        self.replicated: Callable[[], tuple[list[torch.Tensor], Any]] | None = None
+        """Set by the strategy: parameters and a tree of further replicated state."""
+        self.records: list[RecoveryRecord] = []
+        self.communicator = Communicator(
+            transport,
+            put=client.store_set,
+            fetch=client.store_get,
+            global_rank=client.global_rank,
+            timeout_s=timeout_s,
+            on_waiting=self._note_waiting,
+            on_seq=self._note_seq,
+        )
+        self._published = self._read_published()
+        self.is_newcomer = client.incarnation > 0
+        self._entry: Entry | None = None
+        self._entry_ready = threading.Event()
+        self._quorums: queue.SimpleQueue[QuorumChange] = queue.SimpleQueue()
+        self._plans: dict[int, RecoveryPlan] = {}
+        self._plan_arrived = threading.Condition()
+        self._update_lock = threading.Condition()
+        self._is_updating = False
+        self._is_held = False
+        self._is_single_host = len(client.local_slots) == client.world_size
+        self._records_lock = threading.Lock()
+
+    # ------------------------------------------------------------------ life
+    def start(self) -> HoldingProcessGroup:
+        """Connect to the supervisor and install the default process group."""
+        slot, client = self.slot, self.client
+        slot[Word.STATE] = RankState.SETUP
+        if self.is_newcomer:
+            journal = self._read_journal()
+            self.communicator.start_replay(journal, is_complete=bool(self._published))
+        self.communicator.start_recording(self._record_result)
+        threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
+        client.start(on_quorum_change=self._on_quorum_change, on_plan=self._on_plan, on_event=self._on_event)
+        return make_default(self.communicator, client.global_rank, client.world_size, connect=not self.is_newcomer)
+
+    def _note_waiting(self, waits: bool) -> None:
+        self.slot[Word.WAITING_SINCE_NS] = clock.now_ns() if waits else 0
+
+    def _note_seq(self, seq: int) -> None:
+        self.slot[Word.SEQ_ISSUED] = seq
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the predecessor published for its replacement's set-up; empty in a first process."""
+        return self._published[0].facts if self._published else {}
+
+    # ------------------------------------------------------------------ journal of the set-up
+    def _record_result(self, group: str, seq: int, name: str, results: list[torch.Tensor] | None) -> None:
+        packed = None
+        if results is not None:
+            packed = [(tensor_bytes(t), str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in results]
+        self.slot.append(Region.JOURNAL, pickle.dumps((group, seq, name, packed), protocol=5))
+
+    def _read_journal(self) -> dict[tuple[str, int], tuple[str, list[torch.Tensor] | None]]:
+        journal: dict[tuple[str, int], tuple[str, list[torch.Tensor] | None]] = {}
+        for record in self.slot.records(Region.JOURNAL):
+            group, seq, name, packed = pickle.loads(record)  # noqa: S301 - our own memory
+            tensors = None
+            if packed is not None:
+                tensors = [tensor_from_bytes(content, getattr(torch, dtype), shape, "cpu") for content, dtype, shape in packed]
+            journal[group, seq] = (name, tensors)
+        return journal
+
+    def _journaled(self) -> dict[str, int]:
+        """For each group, how many of its first collectives have a recorded result."""
+        journal = self._read_journal()
+        lengths: dict[str, int] = {}
+        for group in {group for group, _ in journal} | {"0"}:
+            length = 0
+            while journal.get((group, length), ("", None))[1] is not None:
+                length += 1
+            lengths[group] = length
+        return lengths
+
+    # ------------------------------------------------------------------ publishing
+    def _read_published(self) -> list[Published]:
+        found: list[Published] = []
+        for region in (*_COMMIT_BUFFERS, *_MID_BUFFERS):
+            content = self.slot.read(region)
+            if content is not None:
+                header_size = int.from_bytes(content[:4], "little")
+                schema_size = int.from_bytes(content[4:8], "little")
+                ordinal, point, facts = pickle.loads(content[8 : 8 + header_size])  # noqa: S301 - our own memory
+                start = 8 + header_size
+                found.append(
+                    Published(ordinal, point, facts, content[start : start + schema_size], content[start + schema_size :])
+                )
+        return sorted(found, key=lambda published: -published.ordinal)
+
+    def publish(
+        self, kind: ResumeKind, batch: int, version: int, state: tuple[bytes, bytes], facts: dict[str, Any]
+    ) -> None:
+        """Write a resume point to the slot: from now on a replacement can enter here."""
+        buffers = _COMMIT_BUFFERS if kind is ResumeKind.COMMIT else _MID_BUFFERS
+        self.ordinal += 1
+        if kind is ResumeKind.COMMIT:
+            region = buffers[version % 2]
+        else:
+            self._mid_parity = 1 - getattr(self, "_mid_parity", 0)
+            region = buffers[self._mid_parity]
+        point = ResumePoint(kind, batch, version, self.communicator.next_seqs(), int(region))
+        header = pickle.dumps((self.ordinal, point, facts), protocol=5)
+        schema, content = state
+        sizes = len(header).to_bytes(4, "little") + len(schema).to_bytes(4, "little")
+        self.slot.write(region, [sizes, header, schema, content])
+        if not self.is_training:
+            self.is_training = True
+            self.communicator.stop_recording()
+            self.slot[Word.STATE] = RankState.TRAINING
+
+    # ------------------------------------------------------------------ commit
+    def await_commit(self, version: int) -> None:
+        """Wait until every rank has gradients and a published state for update ``version``; then the update may run."""
+        slot = self.slot
+        slot[Word.READY_TO_COMMIT] = version
+        slot[Word.PHASE] = Phase.COMMIT
+        if self._is_single_host:
+            self._await_slots(version)
+        else:
+            self.communicator.groups["0"].barrier().wait()
+        with self._update_lock:
+            self._is_updating = True
+        slot[Word.PHASE] = Phase.OPTIMIZER_STEP
+        self._agree_on_stop(version)
+
+    def _await_slots(self, version: int) -> None:
+        others = [slot for rank, slot in self.client.local_slots.items() if rank != self.client.global_rank]
+        late = [slot for slot in others if slot[Word.READY_TO_COMMIT] < version]
+        if not late:
+            return
+        with self.communicator.waiting():
+            self._is_held = True
+            try:
+                spins = 0
+                while late := [slot for slot in late if slot[Word.READY_TO_COMMIT] < version]:
+                    spins += 1
+                    if spins < 50:
+                        os.sched_yield()
+                    else:
+                        clock.sleep(0.0001 if spins < 2000 else 0.001)
+            finally:
+                self._is_held = False
+
+    def _agree_on_stop(self, version: int) -> None:
+        for slot in self.client.local_slots.values():
+            asked = slot[Word.STOP_REQUESTED]
+            if asked and asked <= version:
+                self.stop_version = version
+
+    def request_stop(self) -> None:
+        """This rank got SIGTERM: all ranks stop after the next update that is not yet ready."""
+        if not self.slot[Word.STOP_REQUESTED]:
+            self.slot[Word.STOP_REQUESTED] = self.version + 1
+
+    def committed(self, version: int) -> None:
+        """Update ``version`` is in the parameters."""
+        with self._update_lock:
+            self.version = version
+            self._is_updating = False
+            self._update_lock.notify_all()
+        self.slot[Word.COMMITTED] = version
+        self.slot[Word.GLOBAL_STEP] = version
+        self.communicator.truncate()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Mark that the program waits here for all ranks, in no collective."""
+        with self.communicator.waiting():
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    def finish_fit(self) -> None:
+        """Wait until the fit of every rank is over; until then this rank can be a donor."""
+        self.slot[Word.STATE] = RankState.FINISHED
+        self.client.finish()
+        with self.held():
+            self.client.wait_all_finished()
+
+    # ------------------------------------------------------------------ messages from the supervisor
+    def _on_quorum_change(self, change: QuorumChange) -> None:
+        self.communicator.begin_quorum(change.quorum_id)
+        self.slot[Word.QUORUM_ID] = change.quorum_id
+        self._quorums.put(change)
+
+    def _on_plan(self, plan: RecoveryPlan) -> None:
+        with self._plan_arrived:
+            self._plans[plan.quorum_id] = plan
+            self._plan_arrived.notify_all()
+
+    def _on_event(self, record: RecoveryRecord) -> None:
+        with self._records_lock:
+            self.records.append(record)
+
+    def take_records(self) -> list[RecoveryRecord]:
+        """Recoveries completed since the last call."""
+        with self._records_lock:
+            taken, self.records = self.records, []
+        return taken
+
+    # ------------------------------------------------------------------ recovery thread
+    def _run(self) -> None:
+        while True:
+            change = self._quorums.get()
+            if change.quorum_id != self.communicator.quorum_id:
+                continue
+            changed = self.communicator.changed
+            try:
+                self.on_recovery_start(change)
+                self._recover(change.quorum_id, changed)
+            except (RuntimeError, TimeoutError) as error:
+                if changed.is_set() or self._changes_soon(changed, error):
+                    continue
+                self._give_up()
+            except Exception:  # noqa: BLE001 - a bug here must end the job with its traceback, not hang it
+                self._give_up()
+
+    def _changes_soon(self, changed: threading.Event, error: Exception) -> bool:
+        """A lost peer is felt before the supervisor tells of it."""
+        return self.communicator.transport.is_peer_failure(error) and changed.wait(self.communicator.grace_s)
+
+    def _give_up(self) -> None:
+        self.client.report_exception(traceback.format_exc())
+        os._exit(1)
+
+    def _recover(self, quorum_id: int, changed: threading.Event) -> None:
+        timings: dict[str, float] = {}
+        with _stage(timings, "park"):
+            report = self._make_report(quorum_id, changed)
+        if report is None:
+            return
+        self.client.send_report(report)
+        with _stage(timings, "plan_wait"):
+            plan = self._await_plan(quorum_id, changed)
+        if plan is None:
+            return
+        if not self.is_newcomer:
+            self._take_part(plan, changed, timings)
+        elif plan.entries.get(self.client.global_rank) is None:
+            self._join_setup(plan, changed, timings)
+        else:
+            self._prepare_entry(plan, changed, timings)
+            return  # the program's thread goes on in `enter`
+        self.client.send_restored(quorum_id, timings)
+
+    def _make_report(self, quorum_id: int, changed: threading.Event) -> RankReport | None:
+        rank, communicator = self.client.global_rank, self.communicator
+        if self.is_newcomer:
+            points = tuple(published.point for published in self._published)
+            journaled = {} if points else self._journaled()
+            return RankReport(rank, quorum_id, True, journaled=journaled, resume_points=points)
+        if not communicator.wait_until_parked(changed, lambda: self._is_held):
+            return None
+        return RankReport(rank, quorum_id, False, first_incomplete=communicator.first_incomplete(), version=self.version)
+
+    def _await_plan(self, quorum_id: int, changed: threading.Event) -> RecoveryPlan | None:
+        with self._plan_arrived:
+            while quorum_id not in self._plans:
+                if changed.is_set():
+                    return None
+                self._plan_arrived.wait(0.02)
+            return self._plans[quorum_id]
+
+    def _take_part(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
+        communicator = self.communicator
+        for group_id in sorted(communicator.groups, key=int):
+            with _stage(timings, "rendezvous"):
+                native = communicator.reconnect(group_id, changed)
+            if group_id == "0":
+                with _stage(timings, "transfer"):
+                    self._give(plan, native, changed)
+            with _stage(timings, "redo"):
+                communicator.redo(group_id, native, plan.redo_from.get(group_id, 0), changed)
+
+    def _give(self, plan: RecoveryPlan, native: Backend, changed: threading.Event) -> None:
+        mine = [rank for rank, donor in sorted(plan.donors.items()) if donor == self.client.global_rank]
+        for newcomer in mine:
+            point = plan.entries[newcomer]
+            assert point is not None
+            with self._update_lock:
+                while (self.version < point.version or self._is_updating) and not changed.is_set():
+                    self._update_lock.wait(0.05)
+            if changed.is_set():
+                raise RuntimeError("the quorum changed")
+            if self.version != point.version:
+                raise NoDonorError((newcomer,))
+            if self.replicated is None:
+                raise NoDonorError((newcomer,))
+            parameters, tree = self.replicated()
+            from lightning_flashrl.strategies.transfer import send_state
+
+            send_state(native, newcomer, self.version, parameters, tree, self.device)
+
+    def _join_setup(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
+        """The predecessor died before training: take part in what it missed."""
+        communicator = self.communicator
+        for group_id in sorted(communicator.groups, key=int):
+            with _stage(timings, "rendezvous"):
+                native = communicator.reconnect(group_id, changed)
+            group = communicator.groups[group_id]
+            with group.lock:
+                if changed.is_set():
+                    return
+                group.native = native
+        self.is_newcomer = False
+        communicator.limit_replay(plan.redo_from)
+
+    def _prepare_entry(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
+        point = plan.entries[self.client.global_rank]
+        published = next(p for p in self._published if p.point == point)
+        with _stage(timings, "rendezvous"):
+            native = self.communicator.reconnect("0", changed)
+        self._entry_timings = timings
+        self._entry = Entry(published, plan.donors[self.client.global_rank], native, changed)
+        self._entry_ready.set()
+
+    # ------------------------------------------------------------------ newcomer: entry into training
+    @property
+    def must_enter(self) -> bool:
+        """Whether this process has still to jump to a resume point."""
+        return self.is_newcomer and bool(self._published)
+
+    def enter(self, receive: Callable[[Backend, int], int]) -> Published:
+        """Wait for the plan, let ``receive`` take the donor's state, and go live. Called by the program's thread.
+
+        Args:
+            receive: given the native group and the donor's rank, returns the version of the state received.
+        """
+        self.slot[Word.STATE] = RankState.RESTORING
+        while True:
+            with self.communicator.waiting():
+                self._entry_ready.wait()
+            self._entry_ready.clear()
+            entry = self._entry
+            assert entry is not None
+            if entry.changed.is_set():
+                continue
+            timings = self._entry_timings
+            try:
+                with _stage(timings, "transfer"):
+                    version = receive(entry.native, entry.donor)
+            except RuntimeError as error:
+                if entry.changed.is_set() or self._changes_soon(entry.changed, error):
+                    continue
+                raise
+            if self._go_live(entry, version):
+                self.client.send_restored(self.communicator.quorum_id, timings)
+                return entry.published
+
+    def _go_live(self, entry: Entry, version: int) -> bool:
+        point, communicator = entry.published.point, self.communicator
+        self.ordinal = entry.published.ordinal
+        self.version = version
+        for published in self._published:
+            if published.ordinal > entry.published.ordinal:
+                self.slot.clear(Region(published.point.buffer))
+        self._mid_parity = 0
+        if point.kind is not ResumeKind.COMMIT:
+            self._mid_parity = _MID_BUFFERS.index(Region(point.buffer))
+        self.slot[Word.READY_TO_COMMIT] = version
+        self.slot[Word.COMMITTED] = version
+        self.slot[Word.GLOBAL_STEP] = version
+        communicator.stop_recording()
+        communicator.end_replay()
+        communicator.enter(point.seqs)
+        changed = entry.changed
+        others = [group_id for group_id in sorted(communicator.groups, key=int) if group_id != "0"]
+        try:
+            natives = {"0": entry.native, **{group_id: communicator.reconnect(group_id, changed) for group_id in others}}
+        except RuntimeError:
+            if changed.is_set() or changed.wait(communicator.grace_s):
+                return False
+            raise
+        self.is_newcomer = False
+        for group_id, native in natives.items():
+            group = communicator.groups[group_id]
+            with group.lock:
+                if not changed.is_set():
+                    group.native = native
+        self.is_training = True
+        self.slot[Word.STATE] = RankState.TRAINING
+        return True
+
+    # ------------------------------------------------------------------ files
+    def note_file(self, path: str) -> None:
+        """A file is about to be written that a replacement would write again."""
+        if not os.path.exists(path):
+            self.slot.append(Region.FILES, os.fsencode(path))
+
+    def remove_later_files(self) -> None:
+        """Remove what the predecessor wrote after its last commit: it is about to be written again."""
+        for record in self.slot.records(Region.FILES):
+            path = os.fsdecode(record)
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif os.path.exists(path):
+                os.remove(path)
+        self.slot.clear(Region.FILES)
+
+
+@contextlib.contextmanager
+def _stage(timings: dict[str, float], name: str) -> Iterator[None]:
+    began = clock.now_s()
+    try:
+        yield
+    finally:
+        timings[name] = timings.get(name, 0.0) + (clock.now_s() - began) * 1e3

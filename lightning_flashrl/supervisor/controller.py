@@ -1,0 +1,486 @@
+"""One per job: forms quorums, collects reports, plans recoveries, holds the store, and decides when the job is over.
+
+This file decides; it opens nothing. :class:`Controller` takes a time and a message and returns what to do;
+``service.py`` carries that out.
+
+================ ========================================== ===========================================
+state            waits for                                  left when
+================ ========================================== ===========================================
+JOINING          agents of all nodes                        the last one said hello
+RUNNING          faults, reports, exits                     a rank failed for good, or all left with 0
+RESTARTING       all nodes idle                             then everything is launched again
+STOPPING         all nodes idle                             then DONE
+================ ========================================== ===========================================
+
+A recovery, inside RUNNING: fault → quorum + 1 announced → reports of all ranks → plan → all ranks restored. A further
+fault at any point begins it anew with the next quorum id; reports and answers with an older id are ignored.
+
+Whose fault is it? An exit by signal, or with a status and without a report, is the machine's: the rank is replaced. A
+reported exception is the user's: the job stops. Exception: while another rank is being replaced, an exception of a
+*survivor* may just be a consequence, so the survivor is replaced too; if the error was its own, it comes back when the
+replacement gets there. Errors of this package that stop a run (:class:`~lightning_flashrl.errors.FatalError`) always
+stop it, and so do exceptions of the ranks being replaced.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Union
+
+from lightning_flashrl import clock, errors
+from lightning_flashrl.errors import NoDonorError, RecoveryBudgetExhaustedError
+from lightning_flashrl.recovery.planner import plan_recovery
+from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor.budget import DEFAULT_MAX_FAULTS, DEFAULT_WINDOW_S, FaultBudget
+from lightning_flashrl.supervisor.protocol import Failure, LostRank, QuorumChange, RecoveryRecord
+from lightning_flashrl.supervisor.store import Store, Waiter
+from lightning_flashrl.types import RankReport, RecoveryPlan
+
+_SIGTERM = 15
+FAILURE_GRACE_S = 3.0
+SIGNAL_GRACE_S = 10.0
+NODE_SILENCE_S = 15.0
+SLOW_RECOVERY_S = 30.0
+
+
+class JobState(enum.Enum):
+    """See the table at the top of the file."""
+
+    JOINING = enum.auto()
+    RUNNING = enum.auto()
+    RESTARTING = enum.auto()
+    STOPPING = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """What the command line says of a job.
+
+    Attributes:
+        num_nodes: agents to wait for.
+        max_restarts: faults allowed per ``restart_window_s``; ``None`` means 100 for a flash job, none for a plain one.
+        restart_window_s: see above; ``None`` means an hour.
+        uses_flash: whether the program names a flash strategy, so that a rank that dies before it used one is replaced.
+        master_addr: for the script's environment.
+        run_id: for the script's environment.
+        hash_seed: ``PYTHONHASHSEED`` of all ranks.
+    """
+
+    num_nodes: int = 1
+    max_restarts: int | None = None
+    restart_window_s: float | None = None
+    uses_flash: bool = False
+    master_addr: str = "127.0.0.1"
+    run_id: str = "none"
+    hash_seed: str = "0"
+
+
+# --------------------------------------------------------------------------- actions
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to one node, or to all (``node_rank=None``)."""
+
+    node_rank: int | None
+    message: protocol.ToAgent
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Show a line to the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Write a recovery's record to the log."""
+
+    record: RecoveryRecord
+
+
+Action = Union[Send, Tell, Keep]
+
+
+# --------------------------------------------------------------------------- state
+@dataclass(slots=True)
+class _Node:
+    num_ranks: int
+    host: str
+    last_seen_ns: int
+    first_rank: int = 0
+    is_idle: bool = False
+
+
+@dataclass(slots=True)
+class _Recovery:
+    """A recovery under way."""
+
+    lost: dict[int, LostRank]
+    began_ns: int
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    plan: RecoveryPlan | None = None
+    reports: dict[int, RankReport] = field(default_factory=dict)
+    restored: set[int] = field(default_factory=set)
+    was_mourned: bool = False
+
+    def note(self, timings_ms: dict[str, float]) -> None:
+        for stage, duration_ms in timings_ms.items():
+            self.timings_ms[stage] = max(duration_ms, self.timings_ms.get(stage, 0.0))
+
+
+class Controller:
+    """The deciding part.
+
+    Args:
+        settings: of the job.
+        choose_port: finds a free port for the script's environment.
+    """
+
+    def __init__(self, settings: JobSettings, choose_port: Callable[[], int]) -> None:
+        self.state = JobState.JOINING
+        self.exit_code = 0
+        self.quorum_id = 0
+        self._settings = settings
+        self._choose_port = choose_port
+        self._nodes: dict[int, _Node] = {}
+        self._store = Store()
+        self._budget = FaultBudget(
+            DEFAULT_MAX_FAULTS if settings.max_restarts is None else settings.max_restarts,
+            settings.restart_window_s or DEFAULT_WINDOW_S,
+        )
+        self._num_restarts = 0
+        self._fallback: str | None = None
+        self._newest_checkpoint: str | None = None
+        self._resume_checkpoint: str | None = None
+        self._recovery: _Recovery | None = None
+        self._uses_flash = settings.uses_flash
+        self._exited: set[int] = set()
+        self._raised: set[int] = set()
+        self._finished: set[int] = set()
+        self._is_fit_over = False
+        self._world_size = 0
+        self._now_ns = 0
+        self._actions: list[Action] = []
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job; 0 until all nodes have joined."""
+        return self._world_size
+
+    def handle(self, now_ns: int, node_rank: int, message: protocol.AgentMessage) -> list[Action]:
+        """Take in one message of a node that has joined (:meth:`join`) and return what to do."""
+        self._now_ns = now_ns
+        self._nodes[node_rank].last_seen_ns = now_ns
+        match message:
+            case protocol.FromRank():
+                self._on_rank_message(node_rank, message)
+            case protocol.NodeReports():
+                self._on_reports(message)
+            case protocol.NodeRestored():
+                self._on_restored(message)
+            case protocol.RanksFailed(failures=failures):
+                for failure in failures:
+                    self._on_failure(failure)
+            case protocol.RankAware(spawn_ms=spawn_ms, global_rank=global_rank):
+                self._uses_flash = True
+                if self._recovery is not None and global_rank in self._recovery.lost:
+                    self._recovery.note({"spawn": spawn_ms})
+            case protocol.RankExited(global_rank=global_rank):
+                self._on_exited(global_rank)
+            case protocol.NodeIdle():
+                self._on_idle(node_rank)
+            case protocol.StopAsked(signal_number=number):
+                self._stop(128 + number, "", signal_number=number, grace_s=SIGNAL_GRACE_S)
+            case protocol.AgentBeat():
+                self._send(node_rank, message)
+            case protocol.AgentHello():
+                pass
+        return self._take()
+
+    def tick(self, now_ns: int) -> list[Action]:
+        """Look at what time alone decides."""
+        self._now_ns = now_ns
+        if self.state in (JobState.RUNNING, JobState.RESTARTING):
+            for node_rank, node in sorted(self._nodes.items()):
+                if now_ns - node.last_seen_ns > NODE_SILENCE_S * 1e9:
+                    node.is_idle = True
+                    self._fail(f"node {node_rank} ({node.host}) has been silent for {NODE_SILENCE_S:g} s; the job stops")
+                    break
+        recovery = self._recovery
+        if recovery is not None and not recovery.was_mourned and now_ns - recovery.began_ns > SLOW_RECOVERY_S * 1e9:
+            recovery.was_mourned = True
+            self._tell_what_is_missing(recovery)
+        return self._take()
+
+    # ------------------------------------------------------------------ joining
+    def join(self, now_ns: int, hello: protocol.AgentHello) -> tuple[int, list[Action]]:
+        """Give a node its rank; -1 refuses it. The last one launches the job."""
+        self._now_ns = now_ns
+        node_rank = hello.node_rank
+        if node_rank < 0:
+            node_rank = next((n for n in range(self._settings.num_nodes) if n not in self._nodes), -1)
+        if self.state is not JobState.JOINING or node_rank in self._nodes or not 0 <= node_rank < self._settings.num_nodes:
+            return -1, []
+        self._nodes[node_rank] = _Node(hello.num_ranks, hello.host, now_ns)
+        if len(self._nodes) == self._settings.num_nodes:
+            for rank in sorted(self._nodes):
+                self._nodes[rank].first_rank = self._world_size
+                self._nodes[rank].last_seen_ns = now_ns
+                self._world_size += self._nodes[rank].num_ranks
+            self._launch()
+        return node_rank, self._take()
+
+    def _launch(self) -> None:
+        self.state = JobState.RUNNING
+        port = self._choose_port()
+        for node_rank, node in sorted(self._nodes.items()):
+            node.is_idle = False
+            self._send(
+                node_rank,
+                protocol.Launch(
+                    node_rank=node_rank,
+                    first_rank=node.first_rank,
+                    world_size=self._world_size,
+                    incarnation=self._num_restarts,
+                    master_addr=self._settings.master_addr,
+                    master_port=port,
+                    run_id=self._settings.run_id,
+                    hash_seed=self._settings.hash_seed,
+                    resume_checkpoint=self._resume_checkpoint,
+                ),
+            )
+
+    # ------------------------------------------------------------------ faults
+    def _on_failure(self, failure: Failure) -> None:
+        lost = failure.lost
+        if self.state is not JobState.RUNNING or lost.global_rank in self._raised:
+            return
+        if not self._uses_flash:
+            self._restart_plain(f"rank {lost.global_rank} {lost.reason}", failure.exit_code)
+        elif self._exited or (self._is_fit_over and failure.is_after_fit):
+            self._without_donor(
+                f"rank {lost.global_rank} was lost after the fit had ended ({lost.reason}); what a script does after "
+                "fit is not recovered",
+                "resume from the newest checkpoint or run that part again",
+            )
+        else:
+            self._begin_recovery(lost, failure.detect_ms)
+
+    def _begin_recovery(self, lost: LostRank, detect_ms: float) -> None:
+        if self._budget.is_exhausted_by(self._now_ns / 1e9):
+            error = RecoveryBudgetExhaustedError(
+                self._budget.num_faults, self._budget.max_faults, self._budget.window_s, self._newest_checkpoint
+            )
+            self._tell(f"rank {lost.global_rank} lost: {lost.reason}")
+            self._fail(f"RecoveryBudgetExhaustedError: {error}")
+            return
+        unrestored: dict[int, LostRank] = {}
+        if self._recovery is not None:
+            unrestored = {r: who for r, who in self._recovery.lost.items() if r not in self._recovery.restored}
+            self._end_recovery(self._recovery, is_complete=False)
+        self.quorum_id += 1
+        unrestored[lost.global_rank] = lost
+        self._recovery = _Recovery(unrestored, self._now_ns, {"detect": detect_ms})
+        self._finished.discard(lost.global_rank)
+        self._is_fit_over = False
+        self._store.drop_before(self.quorum_id)
+        self._send(None, QuorumChange(self.quorum_id, tuple(unrestored.values())))
+        self._tell(f"rank {lost.global_rank} lost: {lost.reason}; it is replaced, the others wait (quorum {self.quorum_id})")
+
+    def _on_reports(self, message: protocol.NodeReports) -> None:
+        recovery = self._recovery
+        if recovery is None or message.quorum_id != self.quorum_id or recovery.plan is not None:
+            return
+        for report in message.reports:
+            recovery.reports[report.global_rank] = report
+        if len(recovery.reports) == self._world_size:
+            self._plan(recovery)
+
+    def _plan(self, recovery: _Recovery) -> None:
+        recovery.note({"report": (self._now_ns - recovery.began_ns) / 1e6})
+        began_ns = clock.now_ns()
+        try:
+            plan = plan_recovery(self.quorum_id, recovery.reports, self._newest_checkpoint)
+        except NoDonorError as error:
+            self._without_donor(f"NoDonorError: {error}", "")
+            return
+        recovery.plan = plan
+        self._send(None, protocol.PlanReady(plan))
+        recovery.note({"plan": (clock.now_ns() - began_ns) / 1e6})
+
+    def _on_restored(self, message: protocol.NodeRestored) -> None:
+        recovery = self._recovery
+        if recovery is None or message.quorum_id != self.quorum_id:
+            return
+        recovery.restored.update(message.global_ranks)
+        recovery.note(message.timings_ms)
+        if len(recovery.restored) == self._world_size:
+            self._recovery = None
+            self._end_recovery(recovery, is_complete=True)
+
+    def _end_recovery(self, recovery: _Recovery, *, is_complete: bool) -> None:
+        recovery.note({"total": (self._now_ns - recovery.began_ns) / 1e6})
+        plan = recovery.plan
+        record = RecoveryRecord(
+            quorum_id=self.quorum_id,
+            lost=tuple(sorted(recovery.lost)),
+            reasons={rank: lost.reason for rank, lost in sorted(recovery.lost.items())},
+            donors={} if plan is None else plan.donors,
+            plan_reason="" if plan is None else plan.reason,
+            timings_ms={stage: round(duration_ms, 3) for stage, duration_ms in recovery.timings_ms.items()},
+            is_complete=is_complete,
+            wall_s=clock.wall_s(),
+        )
+        self._actions.append(Keep(record))
+        self._send(None, record)
+        self._tell(describe(record))
+
+    def _tell_what_is_missing(self, recovery: _Recovery) -> None:
+        done = recovery.reports.keys() if recovery.plan is None else recovery.restored
+        missing = [rank for rank in range(self._world_size) if rank not in done]
+        what = "report" if recovery.plan is None else "end of the restore"
+        self._tell(
+            f"quorum {self.quorum_id}: still waiting after {SLOW_RECOVERY_S:g} s for the {what} of "
+            f"rank(s) {', '.join(map(str, missing[:16]))}{' …' if len(missing) > 16 else ''}"
+        )
+
+    def _without_donor(self, text: str, remedy: str) -> None:
+        """In-place recovery is impossible: fall back to a checkpoint when the user wants that, else stop."""
+        if self._fallback == "last" and self._newest_checkpoint is not None:
+            self._resume_checkpoint = self._newest_checkpoint
+            self._tell(f"{text}\n→ everything starts again from {self._newest_checkpoint}")
+            self._restart_all()
+        else:
+            self._fail(f"{text}; {remedy}" if remedy else text)
+
+    # ------------------------------------------------------------------ exceptions and exits
+    def _on_raised(self, global_rank: int, raised: protocol.Raised) -> None:
+        if self.state is not JobState.RUNNING:
+            return
+        if self._uses_flash and self._may_be_consequence(global_rank, raised.traceback):
+            last = raised.traceback.strip().rpartition("\n")[2]
+            lost = LostRank(global_rank, f"raised while another rank was being replaced: {last}", self._now_ns)
+            self._begin_recovery(lost, 0.0)
+            return
+        self._raised.add(global_rank)
+        text = f"rank {global_rank} raised:\n{raised.traceback.rstrip()}"
+        if self._uses_flash:
+            self._fail(text, exit_code=raised.exit_code)
+        else:
+            self._restart_plain(text, raised.exit_code)
+
+    def _may_be_consequence(self, global_rank: int, traceback: str) -> bool:
+        if self._recovery is None or global_rank in self._recovery.lost:
+            return False
+        last = traceback.strip().rpartition("\n")[2]
+        kind = getattr(errors, last.partition(":")[0].removeprefix(f"{errors.__name__}."), None)
+        return not (isinstance(kind, type) and issubclass(kind, errors.FatalError))
+
+    def _restart_plain(self, text: str, exit_code: int) -> None:
+        """As torchrun does: a failure of one rank ends all, and all start again while restarts are left."""
+        if self._num_restarts < (self._settings.max_restarts or 0):
+            self._tell(f"{text}\n→ all ranks start again ({self._num_restarts + 1} of {self._settings.max_restarts})")
+            self._restart_all()
+        else:
+            self._fail(text, exit_code=exit_code)
+
+    def _restart_all(self) -> None:
+        self.state = JobState.RESTARTING
+        self._num_restarts += 1
+        self.quorum_id = 0
+        self._recovery = None
+        self._store.clear()
+        for group in (self._exited, self._raised, self._finished):
+            group.clear()
+        self._is_fit_over = False
+        for node in self._nodes.values():
+            node.is_idle = False
+        self._send(None, protocol.KillAll())
+
+    def _on_exited(self, global_rank: int) -> None:
+        self._exited.add(global_rank)
+        if len(self._exited) == self._world_size and self.state is JobState.RUNNING:
+            self._stop(0, "", signal_number=_SIGTERM, grace_s=0.0)
+
+    def _on_idle(self, node_rank: int) -> None:
+        self._nodes[node_rank].is_idle = True
+        if not all(node.is_idle for node in self._nodes.values()):
+            return
+        if self.state is JobState.RESTARTING:
+            self._launch()
+        elif self.state is JobState.STOPPING:
+            self.state = JobState.DONE
+
+    def _fail(self, text: str, *, exit_code: int = 1) -> None:
+        self._stop(exit_code or 1, text, signal_number=_SIGTERM, grace_s=FAILURE_GRACE_S)
+
+    def _stop(self, exit_code: int, text: str, *, signal_number: int, grace_s: float) -> None:
+        if self.state in (JobState.STOPPING, JobState.DONE):
+            return
+        self.state = JobState.STOPPING if self._nodes else JobState.DONE
+        self.exit_code = exit_code
+        if text:
+            self._tell(text)
+        self._send(None, protocol.StopAll(exit_code, signal_number, grace_s, text))
+
+    # ------------------------------------------------------------------ ranks
+    def _on_rank_message(self, node_rank: int, envelope: protocol.FromRank) -> None:
+        global_rank = envelope.global_rank
+        match envelope.message:
+            case protocol.StoreSet(key=key, value=value):
+                for waiter in self._store.set(key, value):
+                    self._answer(waiter, value)
+            case protocol.StoreGet(request_id=request_id, key=key):
+                waiter = Waiter(node_rank, global_rank, request_id)
+                found = self._store.get(key, waiter)
+                if found is not None:
+                    self._answer(waiter, found)
+            case protocol.Finished():
+                self._finished.add(global_rank)
+                if len(self._finished) == self._world_size:
+                    self._finished.clear()
+                    self._is_fit_over = True
+                    self._send(None, protocol.AllFinished())
+            case protocol.CheckpointSaved(path=path):
+                self._newest_checkpoint = path
+            case protocol.Raised() as raised:
+                self._on_raised(global_rank, raised)
+            case protocol.PolicySet() as policy:
+                self._set_policy(policy)
+
+    def _set_policy(self, policy: protocol.PolicySet) -> None:
+        self._fallback = policy.fallback if policy.fallback is not None else self._fallback
+        if policy.max_faults is not None and self._settings.max_restarts is None:
+            self._budget.max_faults = policy.max_faults
+        if policy.window_s is not None and self._settings.restart_window_s is None:
+            self._budget.window_s = policy.window_s
+
+    def _answer(self, waiter: Waiter, value: bytes) -> None:
+        self._send(
+            waiter.node_rank, protocol.ToOneRank(waiter.global_rank, protocol.StoreValue(waiter.request_id, value))
+        )
+
+    # ------------------------------------------------------------------ actions
+    def _send(self, node_rank: int | None, message: protocol.ToAgent) -> None:
+        self._actions.append(Send(node_rank, message))
+
+    def _tell(self, text: str) -> None:
+        self._actions.append(Tell(text))
+
+    def _take(self) -> list[Action]:
+        actions, self._actions = self._actions, []
+        return actions
+
+
+def describe(record: RecoveryRecord) -> str:
+    """Put a recovery into one line."""
+    who = ", ".join(map(str, record.lost))
+    if not record.is_complete:
+        return f"quorum {record.quorum_id} was overtaken by a further fault before rank(s) {who} were back"
+    stages = " · ".join(
+        f"{stage} {duration_ms:.0f}" for stage, duration_ms in record.timings_ms.items() if stage != "total"
+    )
+    return f"rank(s) {who} back after {record.timings_ms['total']:.0f} ms (quorum {record.quorum_id}): {record.plan_reason} [ms: {stages}]"

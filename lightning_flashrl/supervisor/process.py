@@ -1,0 +1,147 @@
+"""Processes of a node: started so that they die with their agent, and watched by descriptor instead of by polling."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from dataclasses import dataclass
+
+from lightning_flashrl import clock
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_REPARENT_CHECK_S = 0.0005
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def become_subreaper(is_on: bool = True) -> None:
+    """Make orphaned descendants children of this process, so that it can wait for them."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(is_on))
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel to SIGKILL this process when its parent dies.
+
+    The process may still be on its way to ``parent_pid`` (its first parent forked it and left); it waits for that.
+    """
+    while os.getppid() != parent_pid:
+        if not os.path.exists(f"/proc/{parent_pid}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        clock.sleep(_REPARENT_CHECK_S)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died between the two lines above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How a process ended.
+
+    >>> str(ExitStatus(9, is_signal=True)), ExitStatus(9, is_signal=True).shell_code
+    ('killed by SIGKILL', 137)
+    """
+
+    number: int
+    is_signal: bool
+
+    @property
+    def shell_code(self) -> int:
+        """The status as a shell shows it."""
+        return 128 + self.number if self.is_signal else self.number
+
+    def __str__(self) -> str:
+        if not self.is_signal:
+            return f"exited with status {self.number} without a report"
+        try:
+            return f"killed by {signal.Signals(self.number).name}"
+        except ValueError:
+            return f"killed by signal {self.number}"
+
+
+class Process:
+    """A child of this process, watched through a pidfd.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._status: ExitStatus | None = None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; a process that has ended is fine."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def poll(self, *, kill_group: bool = False) -> ExitStatus | None:
+        """Return how the process ended, or ``None`` while it runs; its descriptor is closed afterwards.
+
+        Args:
+            kill_group: also end the processes it left behind in its process group, before its number can be reused.
+        """
+        if self._status is None:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if result is None:
+                return None
+            if kill_group:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            os.close(self.pidfd)
+            self._status = ExitStatus(result.si_status, result.si_code != os.CLD_EXITED)
+        return self._status
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process."""
+        return process_state(self.pid) == "T"
+
+
+def process_state(pid: int) -> str | None:
+    """Return the kernel's letter for a process's state, or ``None`` when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0].decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def spawn(argv: list[str], environ: dict[str, str], fds: tuple[int, ...] = ()) -> Process:
+    """Start a program in a session of its own; ``fds`` and every inheritable descriptor stay open in it."""
+    actions = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds]
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    try:
+        pid = os.posix_spawnp(argv[0], argv, environ, file_actions=actions, setsid=True)
+    finally:
+        for fd in fds:
+            os.set_inheritable(fd, False)
+    return Process(pid)
+
+
+def children() -> list[int]:
+    """Return the process numbers of all children of this process, adopted ones included."""
+    found: list[int] = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{name}/stat", "rb") as file:
+                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                    found.append(int(name))
+    return found
+
+
+def reap_strangers(known: set[int]) -> None:
+    """Collect one adopted child that has ended and is none of ``known``."""
+    with contextlib.suppress(ChildProcessError):
+        result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if result is not None and result.si_pid not in known:
+            os.waitpid(result.si_pid, os.WNOHANG)

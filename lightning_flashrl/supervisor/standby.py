@@ -1,0 +1,125 @@
+"""A process that has imported what ranks need, and forks processes that wait to become one.
+
+::
+
+    agent ── fork, descriptor ──▶ standby ─fork─▶ helper ─fork─▶ rank-to-be ── Ready(pid) ──▶ agent
+    agent ── Order ──────────────────────────────────────────────▶ rank-to-be becomes the rank
+
+The helper leaves at once, so that the kernel makes the new process a child of the agent (a subreaper): the agent waits
+for it directly, and the death of the standby does not touch any rank. The standby has one thread and never opens a
+device or a process group. Memory is shared until it is written: a waiting process costs a few MB of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import random
+import socket
+import sys
+
+import msgspec
+
+from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor.channel import RankChannel, adopt_channel
+from lightning_flashrl.supervisor.process import die_with_parent
+from lightning_flashrl.supervisor.runner import redirect_output, run_program
+
+FORK = b"F"
+READY = b"R"
+NOT_FORKABLE = b"T"
+"""An import started a thread; a fork would lose it."""
+
+
+def import_all(modules: list[str]) -> None:
+    """Import what can be imported."""
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def num_threads() -> int:
+    """Return how many threads the kernel sees in this process."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def look_fresh() -> None:
+    """Make random generators look as in a freshly started interpreter.
+
+    torch starts from one fixed state, the others from new entropy.
+    """
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_rng_state(torch.Generator().get_state())
+        num_wanted = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        if num_wanted != torch.get_num_threads():
+            torch.set_num_threads(num_wanted)
+
+
+def serve(control: socket.socket, agent_pid: int) -> RankChannel | None:
+    """Fork on demand. Returns in each forked process with its channel, and with ``None`` when the agent hangs up."""
+    while True:
+        request, fds, _, _ = socket.recv_fds(control, 1, 1)
+        if request != FORK or not fds:
+            return None
+        helper_pid = os.fork()
+        if helper_pid:
+            os.close(fds[0])
+            os.waitpid(helper_pid, 0)
+            continue
+        if os.fork():
+            os._exit(0)
+        control.close()
+        os.setsid()
+        die_with_parent(agent_pid)
+        return RankChannel(fds[0])
+
+
+def await_order(channel: RankChannel) -> protocol.Order | None:
+    """Say that this process waits, and wait until it is told which rank to be."""
+    channel.send(protocol.encode(protocol.Ready(os.getpid())))
+    while (payloads := channel.receive()) is not None:
+        for payload in payloads:
+            message = protocol.decode_to_rank(payload)
+            if isinstance(message, protocol.Order):
+                return message
+    return None
+
+
+def main() -> None:
+    """Import, announce, fork; in a forked process, run the user's program."""
+    agent_pid = int(os.environ["FLASHRL_AGENT_PID"])
+    die_with_parent(agent_pid)
+    control = socket.socket(fileno=int(os.environ["FLASHRL_STANDBY_FD"]))
+    if not sys.flags.safe_path:
+        sys.path[0] = os.environ["FLASHRL_PATH_ENTRY"]
+    gc.disable()
+    import_all(msgspec.json.decode(os.environ["FLASHRL_PRELOAD"], type=list[str]))
+    if num_threads() > 1:
+        control.send(NOT_FORKABLE)
+        return
+    gc.collect()
+    gc.freeze()
+    control.send(READY)
+    channel = serve(control, agent_pid)
+    order = None if channel is None else await_order(channel)
+    if channel is None or order is None:
+        return
+    gc.enable()
+    os.environ.clear()
+    os.environ.update(order.environ)
+    os.environ["FLASHRL_CONTROL_FD"] = str(channel.fileno())
+    adopt_channel(channel)
+    look_fresh()
+    redirect_output(order.log_path)
+    run_program(order.argv, is_module=order.is_module)
+
+
+if __name__ == "__main__":
+    main()
