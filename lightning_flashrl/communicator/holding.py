@@ -176,7 +176,7 @@ class HoldingProcessGroup(ProcessGroup):
 
     # ------------------------------------------------------------------ identity
     def getBackendName(self) -> str:  # noqa: N802, D102 - name given by torch
-        return self.communicator.transport.backend
+        return f"flash{self.communicator.transport.backend}"
 
     def getRank(self) -> int:  # noqa: N802, D102
         return self._rank

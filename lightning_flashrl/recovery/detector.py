@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lightning_flashrl.recovery.slot import Heartbeat, RankState
 
@@ -85,21 +85,22 @@ class Memory:
     """What the detector remembers of a rank between two looks.
 
     Attributes:
-        looked_ns: when the last look was.
-        progress_ns: when the rank advanced last, or was excused last.
-        progress: the counters at that time.
-        stopped_since_ns: since when the process has been stopped; 0 when it runs.
-        late_ns: for how long the agent itself did not run, since the last thread beat.
         incarnation: of which process.
+        looked_ns: when the last look was.
+        thread_beat_ns: the beat seen then.
+        counters: the progress seen then.
+        interpreter_ns: when the interpreter ran last, or was excused last.
+        progress_ns: when the rank advanced last, or was excused last.
+        stopped_since_ns: since when the process has been stopped; 0 when it runs.
     """
 
+    incarnation: int
     looked_ns: int
+    thread_beat_ns: int
+    counters: tuple[int, ...]
+    interpreter_ns: int
     progress_ns: int
-    progress: tuple[int, ...] = ()
     stopped_since_ns: int = 0
-    late_ns: int = 0
-    incarnation: int = -1
-    thread_beat_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,26 +161,33 @@ def detect(
 
 
 def _remember(now_ns: int, look: Look, memory: Memory | None, interval_s: float) -> Memory:
-    heartbeat = look.heartbeat
-    progress = (heartbeat.loop_beats, heartbeat.seq_issued, heartbeat.global_step, heartbeat.phase, heartbeat.loop_beat_ns)
-    stopped_since_ns = now_ns if look.is_stopped else 0
-    if memory is None or memory.incarnation != heartbeat.incarnation:
-        return Memory(now_ns, now_ns, progress, stopped_since_ns, 0, heartbeat.incarnation, heartbeat.thread_beat_ns)
+    beat = look.heartbeat
+    counters = (beat.loop_beats, beat.seq_issued, beat.global_step, beat.phase, beat.loop_beat_ns, beat.state)
+    if memory is None or memory.incarnation != beat.incarnation:
+        stopped_ns = now_ns if look.is_stopped else 0
+        first_beat_ns = beat.thread_beat_ns or now_ns
+        return Memory(beat.incarnation, now_ns, beat.thread_beat_ns, counters, first_beat_ns, now_ns, stopped_ns)
     late_ns = max(0, now_ns - memory.looked_ns - int(3 * interval_s * 1e9))
-    is_excused = heartbeat.state is not RankState.TRAINING or heartbeat.waiting_since_ns > 0 or heartbeat.is_paused
-    if progress != memory.progress or is_excused or heartbeat.loop_beats == 0:
+    has_advanced = counters != memory.counters
+    if beat.is_paused or has_advanced:
+        interpreter_ns = now_ns
+    elif beat.thread_beat_ns != memory.thread_beat_ns:
+        interpreter_ns = beat.thread_beat_ns
+    else:
+        interpreter_ns = memory.interpreter_ns + late_ns
+    is_excused = beat.state is not RankState.TRAINING or beat.waiting_since_ns > 0 or beat.is_paused
+    if has_advanced or is_excused or beat.loop_beats == 0:
         progress_ns = now_ns
     else:
         progress_ns = memory.progress_ns + late_ns
-    has_beaten = heartbeat.thread_beat_ns != memory.thread_beat_ns
-    return replace(
-        memory,
+    return Memory(
+        incarnation=beat.incarnation,
         looked_ns=now_ns,
+        thread_beat_ns=beat.thread_beat_ns,
+        counters=counters,
+        interpreter_ns=interpreter_ns,
         progress_ns=progress_ns,
-        progress=progress,
-        stopped_since_ns=min(memory.stopped_since_ns, now_ns) or now_ns if look.is_stopped else 0,
-        late_ns=0 if has_beaten else memory.late_ns + late_ns,
-        thread_beat_ns=heartbeat.thread_beat_ns,
+        stopped_since_ns=(memory.stopped_since_ns or now_ns) if look.is_stopped else 0,
     )
 
 
@@ -199,7 +207,7 @@ def _check_stopped(now_ns: int, memory: Memory, settings: DetectorSettings) -> V
 
 
 def _check_interpreter(now_ns: int, heartbeat: Heartbeat, memory: Memory, settings: DetectorSettings) -> Verdict:
-    silent_s = max(0, now_ns - heartbeat.thread_beat_ns - memory.late_ns) / 1e9
+    silent_s = max(0, now_ns - memory.interpreter_ns) / 1e9
     limit_s = settings.gil_timeout_s
     if not settings.is_exact:
         if heartbeat.state is RankState.TRAINING:

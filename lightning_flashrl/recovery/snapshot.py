@@ -66,6 +66,12 @@ def tensor_from_bytes(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]
     return tensor if device == "cpu" else tensor.to(device)
 
 
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 _thawing: list[Callable[[Any], Any]] = []
 """Resolvers of the thaw in progress, innermost last."""
 
@@ -110,7 +116,7 @@ class Freezer:
         self._dispatch: dict[type, Callable[[Any], Any]] = {
             torch.Tensor: self._reduce_tensor,
             torch.nn.Parameter: self._reduce_tensor,
-            torch.dtype: lambda dtype: (getattr, (torch, str(dtype).removeprefix("torch."))),
+            torch.dtype: lambda dtype: (_dtype, (str(dtype).removeprefix("torch."),)),
             torch.device: lambda device: (torch.device, (str(device),)),
         }
         self._schema = b""

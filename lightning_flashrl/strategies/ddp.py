@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_flashrl.communicator import make_transport
-from lightning_flashrl.recovery.slot import Region, Word
 from lightning_flashrl.strategies.environment import FlashEnvironment, FlashLauncher
 from lightning_flashrl.strategies.epoch_loop import install_loops
 from lightning_flashrl.strategies.logger_state import adopt_versions
@@ -83,6 +82,7 @@ class FlashDDPStrategy(DDPStrategy):
                 self.session = FitSession(trainer, runtime)
             install_loops(self.session, trainer.fit_loop, trainer.lightning_module)
         super().setup(trainer)
+        runtime.enter_phase(Phase.SETUP)
         if trainer.state.fn == TrainerFn.FITTING:
             self._gate_updates()
 
@@ -126,8 +126,7 @@ class FlashDDPStrategy(DDPStrategy):
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
         assert self.runtime is not None
-        self.runtime.slot.beat_loop()
-        self.runtime.slot[Word.PHASE] = phase
+        self.runtime.enter_phase(phase)
         yield
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +138,8 @@ class FlashDDPStrategy(DDPStrategy):
             return super().backward(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._phase(Phase.VALIDATION):
+        assert self.lightning_module is not None
+        with self._phase(Phase.SANITY_CHECK if self.lightning_module.trainer.sanity_checking else Phase.VALIDATION):
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ class FlashDDPStrategy(DDPStrategy):
         with self._phase(Phase.CHECKPOINT):
             if self.is_global_zero:
                 self.runtime.note_file(str(filepath))
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             if self.is_global_zero:
                 self.runtime.client.note_checkpoint(str(filepath))
 

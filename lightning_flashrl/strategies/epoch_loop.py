@@ -17,7 +17,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_flashrl.types import ResumeKind
+from lightning_flashrl.types import Phase, ResumeKind
 
 if TYPE_CHECKING:
     from lightning_flashrl.strategies.session import FitSession
@@ -87,7 +87,12 @@ class FlashFitLoop(_FitLoop):
         super()._load_combined_loader_states()
         self.session.position.begin_iterator(self.epoch_progress.current.processed)
 
+    def on_advance_end(self) -> None:
+        self.session.runtime.enter_phase(Phase.EPOCH_END)
+        super().on_advance_end()
+
     def on_run_end(self) -> None:
+        self.session.runtime.enter_phase(Phase.FIT_END)
         super().on_run_end()
         self.session.runtime.finish_fit()
 

@@ -19,6 +19,7 @@ all ranks to be ready), :meth:`RecoveryRuntime.enter` (a newcomer's entry into t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import queue
@@ -36,11 +37,12 @@ from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import Transport
 from lightning_flashrl.communicator.holding import Communicator, HoldingProcessGroup, make_default
 from lightning_flashrl.errors import NoDonorError
+from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankState, Region, Word
 from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
-from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint
+from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint, StepTag
 
 _COMMIT_BUFFERS = (Region.COMMIT_A, Region.COMMIT_B)
 _MID_BUFFERS = (Region.MID_A, Region.MID_B)
@@ -120,6 +122,8 @@ class RecoveryRuntime:
         self._is_held = False
         self._is_single_host = len(client.local_slots) == client.world_size
         self._records_lock = threading.Lock()
+        self._trigger = FaultTrigger([], client.global_rank, client.incarnation)
+        self.arm([Fault.parse(line) for line in json.loads(os.environ.get("FLASHRL_CHAOS", "[]"))])
 
     # ------------------------------------------------------------------ life
     def start(self) -> HoldingProcessGroup:
@@ -139,11 +143,28 @@ class RecoveryRuntime:
 
     def _note_seq(self, seq: int) -> None:
         self.slot[Word.SEQ_ISSUED] = seq
+        if self.slot[Word.PHASE] == Phase.BACKWARD:
+            self.enter_phase(Phase.ALL_REDUCE)
+            self.slot[Word.PHASE] = Phase.BACKWARD
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the predecessor published for its replacement's set-up; empty in a first process."""
         return self._published[0].facts if self._published else {}
+
+    # ------------------------------------------------------------------ phases
+    def arm(self, faults: list[Fault]) -> None:
+        """Let faults strike on purpose."""
+        if faults:
+            self._trigger = FaultTrigger(faults, self.client.global_rank, self.client.incarnation)
+
+    def enter_phase(self, phase: Phase) -> None:
+        """The program begins ``phase`` of its current step."""
+        self.slot.beat_loop()
+        self.slot[Word.PHASE] = phase
+        fault = self._trigger.at(StepTag(self.version, phase))
+        if fault is not None:
+            fault.how.strike()
 
     # ------------------------------------------------------------------ journal of the set-up
     def _record_result(self, group: str, seq: int, name: str, results: list[torch.Tensor] | None) -> None:
@@ -214,14 +235,13 @@ class RecoveryRuntime:
         """Wait until every rank has gradients and a published state for update ``version``; then the update may run."""
         slot = self.slot
         slot[Word.READY_TO_COMMIT] = version
-        slot[Word.PHASE] = Phase.COMMIT
+        self.enter_phase(Phase.COMMIT)
         if self._is_single_host:
             self._await_slots(version)
         else:
             self.communicator.groups["0"].barrier().wait()
         with self._update_lock:
             self._is_updating = True
-        slot[Word.PHASE] = Phase.OPTIMIZER_STEP
         self._agree_on_stop(version)
 
     def _await_slots(self, version: int) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.loops.optimization.automatic import Closure
 from torch.distributed.distributed_c10d import Backend
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_flashrl.recovery.slot import Region, Word
+from lightning_flashrl.recovery.slot import Region
 from lightning_flashrl.strategies.bucket_layout import adopt_layout, read_layout
 from lightning_flashrl.strategies.epoch_loop import FlashTrainingEpochLoop
 from lightning_flashrl.strategies.local_state import LocalState
@@ -135,8 +135,7 @@ class FitSession:
 
     def begin_batch(self, loop: FlashTrainingEpochLoop) -> None:
         """Called before a batch is fetched."""
-        self.runtime.slot.beat_loop()
-        self.runtime.slot[Word.PHASE] = Phase.BATCH_START
+        self.runtime.enter_phase(Phase.BATCH_START)
         if self._publish_next and self._has_no_partial_gradients(loop):
             self._publish_next = False
             self._publish(ResumeKind.BATCH_START, loop.batch_progress.total.ready)
@@ -147,7 +146,7 @@ class FitSession:
 
     def end_batch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> None:
         """Called when a batch is done, before validation and epoch-end hooks."""
-        self.runtime.slot.beat_loop()
+        self.runtime.enter_phase(Phase.BATCH_END)
         long_ahead = loop._should_check_val_fx(fetcher) or loop._num_ready_batches_reached() or loop.done
         if long_ahead and not loop._should_accumulate():
             self._publish(ResumeKind.BATCH_END, loop.batch_progress.total.ready)
@@ -171,6 +170,7 @@ class FitSession:
         self._publish(ResumeKind.COMMIT, batch, outputs, version)
         self.runtime.slot.clear(Region.FILES)
         self.runtime.await_commit(version)
+        self.runtime.enter_phase(Phase.OPTIMIZER_STEP)
 
     def committed(self) -> None:
         """The optimizer has stepped."""

@@ -70,6 +70,11 @@ def scan_program(target: str, *, is_module: bool, search_path: Sequence[str] | N
     return Preload(tuple(dict.fromkeys(modules)), uses_flash)
 
 
+def core_modules(preload: Preload) -> tuple[str, ...]:
+    """Return the part of a preload that is known to be harmless: torch and Lightning."""
+    return tuple(name for name in preload.modules if name in _TORCH or name in _LIGHTNING)
+
+
 def _is_light(name: str) -> bool:
     return name.startswith(("lightning_flashrl.supervisor", "lightning_flashrl.clock", "lightning_flashrl.types"))
 

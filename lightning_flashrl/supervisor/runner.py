@@ -103,7 +103,8 @@ def _describe(error: BaseException) -> str:
 def _show_without_own_frames(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    sys.__excepthook__(kind, error, _own_frames_removed(trace))
+    shown = _own_frames_removed(trace)
+    sys.__excepthook__(kind, error.with_traceback(shown), shown)
 
 
 def _report_exit(error: SystemExit) -> None:
