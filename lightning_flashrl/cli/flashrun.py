@@ -55,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashrun", description="Start a job as torchrun does, and keep it alive.")
 
     def add(*names: str, **keywords: object) -> None:
-        both = [n for name in names for n in dict.fromkeys((name, "--" + name[2:].replace("-", "_") if name[:2] == "--" else name))]
+        both = [
+            n
+            for name in names
+            for n in dict.fromkeys((name, "--" + name[2:].replace("-", "_") if name[:2] == "--" else name))
+        ]
         parser.add_argument(*both, **keywords)  # type: ignore[arg-type]
 
     add("--nproc-per-node", default="1", metavar="N", help="ranks of this node: a number, cpu, gpu, npu or auto")
@@ -82,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-python", action="store_true", help="the program is any command")
     add("--run-path", action="store_true", help="accepted")
     add("--standby", type=int, default=1, metavar="N", help="processes that wait to replace a rank; 0 starts them cold")
-    add("--hang-timeout", type=float, default=None, metavar="S", help="take a rank without progress for hung after this")
+    add(
+        "--hang-timeout", type=float, default=None, metavar="S", help="take a rank without progress for hung after this"
+    )
     add("--chaos", action="append", default=[], metavar="SPEC", help='inject a fault: "kill rank=1 step=33"')
     parser.add_argument("program", help="script, module (-m) or command (--no-python)")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for the program")
@@ -134,7 +140,9 @@ def count_nodes(text: str) -> int:
     least, _, most = text.partition(":")
     if least.isdecimal() and (most or least) == least and int(least) > 0:
         return int(least)
-    raise ConfigurationError(f"--nnodes {text!r}: the number of nodes is fixed here; give one number, such as --nnodes 2")
+    raise ConfigurationError(
+        f"--nnodes {text!r}: the number of nodes is fixed here; give one number, such as --nnodes 2"
+    )
 
 
 def parse_streams(text: str, num_ranks: int) -> list[bool]:
@@ -183,14 +191,18 @@ def find_place(arguments: argparse.Namespace) -> Place:
         ConfigurationError: the flags contradict each other.
     """
     num_nodes = 1 if arguments.standalone else count_nodes(str(arguments.nnodes))
-    host, _, port_text = arguments.rdzv_endpoint.rpartition(":") if ":" in arguments.rdzv_endpoint else (arguments.rdzv_endpoint, "", "")
+    host, _, port_text = (
+        arguments.rdzv_endpoint.rpartition(":") if ":" in arguments.rdzv_endpoint else (arguments.rdzv_endpoint, "", "")
+    )
     host = host.strip("[]") or arguments.master_addr or "127.0.0.1"
     port = int(port_text) if port_text.isdecimal() else arguments.master_port or _DEFAULT_PORT
     if num_nodes == 1:
         return Place(1, 0, True, host, port)
     node_rank = arguments.node_rank
     if node_rank is None and arguments.rdzv_backend == "static":
-        raise ConfigurationError("--nnodes above 1 needs --node-rank, or --rdzv-backend c10d to number nodes as they come")
+        raise ConfigurationError(
+            "--nnodes above 1 needs --node-rank, or --rdzv-backend c10d to number nodes as they come"
+        )
     if node_rank is not None and not 0 <= node_rank < num_nodes:
         raise ConfigurationError(f"--node-rank {node_rank} is not below --nnodes {num_nodes}")
     is_host = node_rank == 0 if node_rank is not None else _can_listen(host, port)

@@ -157,7 +157,9 @@ def detect(
         for verdict in checks:
             if verdict.health is health:
                 return verdict, memory
-    return Verdict(Health.HEALTHY, "alive" if heartbeat.is_aware else "not watched before a flash strategy runs"), memory
+    return Verdict(
+        Health.HEALTHY, "alive" if heartbeat.is_aware else "not watched before a flash strategy runs"
+    ), memory
 
 
 def _remember(now_ns: int, look: Look, memory: Memory | None, interval_s: float) -> Memory:

@@ -16,7 +16,8 @@ from lightning_flashrl.errors import ConfigurationError
 
 def read_layout(ddp: DistributedDataParallel) -> str:
     """Parameter indices of each bucket in reduction order, empty before the first rebuild."""
-    return str(ddp._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices", ""))
+    ddp.logger.set_runtime_stats_and_log()
+    return ddp._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices") or ""
 
 
 def adopt_layout(ddp: DistributedDataParallel, layout: str) -> None:

@@ -291,7 +291,13 @@ class Agent:
             environ["FLASHRL_LOG_PATH"] = log_path
         if not self._settings.is_python:
             environ["FLASHRL_NO_PYTHON"] = "1"
-        command = [sys.executable, "-m", runner.__name__, *(["-m"] if self._settings.is_module else []), *self._settings.argv]
+        command = [
+            sys.executable,
+            "-m",
+            runner.__name__,
+            *(["-m"] if self._settings.is_module else []),
+            *self._settings.argv,
+        ]
         process = spawn(command, environ, (theirs.fileno(),))
         theirs.close()
         rank.channel = AgentChannel(ours)

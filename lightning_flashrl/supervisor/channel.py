@@ -45,7 +45,9 @@ class FrameBuffer:
         while len(self._data) - start >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._data, start)
             if size > MAX_FRAME_BYTES:
-                raise FrameTooLargeError(f"a frame of {size} bytes was announced, at most {MAX_FRAME_BYTES} are allowed")
+                raise FrameTooLargeError(
+                    f"a frame of {size} bytes was announced, at most {MAX_FRAME_BYTES} are allowed"
+                )
             end = start + _LENGTH.size + size
             if len(self._data) < end:
                 break

@@ -27,7 +27,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Union
+from typing import TypeAlias
 
 from lightning_flashrl import clock, errors
 from lightning_flashrl.errors import NoDonorError, RecoveryBudgetExhaustedError
@@ -101,7 +101,7 @@ class Keep:
     record: RecoveryRecord
 
 
-Action = Union[Send, Tell, Keep]
+Action: TypeAlias = Send | Tell | Keep
 
 
 # --------------------------------------------------------------------------- state
@@ -207,7 +207,9 @@ class Controller:
             for node_rank, node in sorted(self._nodes.items()):
                 if now_ns - node.last_seen_ns > NODE_SILENCE_S * 1e9:
                     node.is_idle = True
-                    self._fail(f"node {node_rank} ({node.host}) has been silent for {NODE_SILENCE_S:g} s; the job stops")
+                    self._fail(
+                        f"node {node_rank} ({node.host}) has been silent for {NODE_SILENCE_S:g} s; the job stops"
+                    )
                     break
         recovery = self._recovery
         if recovery is not None and not recovery.was_mourned and now_ns - recovery.began_ns > SLOW_RECOVERY_S * 1e9:
@@ -222,7 +224,11 @@ class Controller:
         node_rank = hello.node_rank
         if node_rank < 0:
             node_rank = next((n for n in range(self._settings.num_nodes) if n not in self._nodes), -1)
-        if self.state is not JobState.JOINING or node_rank in self._nodes or not 0 <= node_rank < self._settings.num_nodes:
+        if (
+            self.state is not JobState.JOINING
+            or node_rank in self._nodes
+            or not 0 <= node_rank < self._settings.num_nodes
+        ):
             return -1, []
         self._nodes[node_rank] = _Node(hello.num_ranks, hello.host, now_ns)
         if len(self._nodes) == self._settings.num_nodes:
@@ -288,7 +294,9 @@ class Controller:
         self._is_fit_over = False
         self._store.drop_before(self.quorum_id)
         self._send(None, QuorumChange(self.quorum_id, tuple(unrestored.values())))
-        self._tell(f"rank {lost.global_rank} lost: {lost.reason}; it is replaced, the others wait (quorum {self.quorum_id})")
+        self._tell(
+            f"rank {lost.global_rank} lost: {lost.reason}; it is replaced, the others wait (quorum {self.quorum_id})"
+        )
 
     def _on_reports(self, message: protocol.NodeReports) -> None:
         recovery = self._recovery
@@ -483,4 +491,7 @@ def describe(record: RecoveryRecord) -> str:
     stages = " · ".join(
         f"{stage} {duration_ms:.0f}" for stage, duration_ms in record.timings_ms.items() if stage != "total"
     )
-    return f"rank(s) {who} back after {record.timings_ms['total']:.0f} ms (quorum {record.quorum_id}): {record.plan_reason} [ms: {stages}]"
+    total_ms = record.timings_ms["total"]
+    return (
+        f"rank(s) {who} back after {total_ms:.0f} ms (quorum {record.quorum_id}): {record.plan_reason} [ms: {stages}]"
+    )

@@ -9,6 +9,16 @@ import msgspec
 
 from lightning_flashrl.supervisor.protocol import Launch
 
+_NOT_INHERITED = (
+    "FLASHRL_LOG_DIR",
+    "FLASHRL_CHAOS",
+    "FLASHRL_RESUME_CKPT",
+    "FLASHRL_CONTROL_FD",
+    "FLASHRL_JOB_SECRET",
+    "FLASHRL_NO_PYTHON",
+    "FLASHRL_LOG_PATH",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEnvironment:
@@ -57,7 +67,7 @@ class RankEnvironment:
         environ.setdefault("PYTHONHASHSEED", launch.hash_seed)
         if self.num_local_ranks > 1:
             environ.setdefault("OMP_NUM_THREADS", "1")
-        for name in ("FLASHRL_LOG_DIR", "FLASHRL_CHAOS", "FLASHRL_RESUME_CKPT", "FLASHRL_CONTROL_FD", "FLASHRL_JOB_SECRET"):
+        for name in _NOT_INHERITED:
             environ.pop(name, None)
         if self.log_dir is not None:
             environ["FLASHRL_LOG_DIR"] = self.log_dir

@@ -9,13 +9,13 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import zmq
 
 from lightning_flashrl import clock
 
-Source = Union[int, "zmq.Socket[bytes]"]
+Source: TypeAlias = "int | zmq.Socket[bytes]"
 
 
 class Timer:

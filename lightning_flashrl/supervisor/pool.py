@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from lightning_flashrl.supervisor.process import Process, spawn
 
 _REFILL_DELAY_S = 1.0
 """A new process is forked when the recovery that took the last one is probably over."""
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 
 @dataclass(slots=True, eq=False)
@@ -192,7 +193,7 @@ class StandbyPool:
             if candidate is None:
                 return
             self._waiting.append(candidate)
-            self._loop.add_reader(candidate.channel.fileno(), lambda candidate=candidate: self._on_candidate(candidate))
+            self._loop.add_reader(candidate.channel.fileno(), functools.partial(self._on_candidate, candidate))
 
     def _on_candidate(self, candidate: Candidate) -> None:
         for payload in candidate.channel.receive():
@@ -200,7 +201,9 @@ class StandbyPool:
                 message = protocol.decode_rank_message(payload)
                 if isinstance(message, protocol.Ready):
                     candidate.process = Process(message.pid)
-                    self._loop.add_reader(candidate.process.pidfd, lambda: self._on_candidate_exit(candidate))
+                    self._loop.add_reader(
+                        candidate.process.pidfd, functools.partial(self._on_candidate_exit, candidate)
+                    )
         if not candidate.channel.is_open:
             self._loop.remove(candidate.channel.fileno())
             if candidate.process is None:

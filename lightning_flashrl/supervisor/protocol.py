@@ -11,7 +11,7 @@ A message that belongs to a quorum carries its id, and everybody ignores ids old
 
 from __future__ import annotations
 
-from typing import Union
+from typing import TypeAlias
 
 import msgspec
 
@@ -219,7 +219,7 @@ class FromRank(Message, frozen=True):
     """A rank's message that the agent passes on."""
 
     global_rank: int
-    message: Union[StoreSet, StoreGet, CheckpointSaved, PolicySet, Raised, Finished]
+    message: StoreSet | StoreGet | CheckpointSaved | PolicySet | Raised | Finished
 
 
 class RankAware(Message, frozen=True):
@@ -321,31 +321,31 @@ class StopAll(Message, frozen=True):
     reason: str
 
 
-RankMessage = Union[
-    Ready, Hello, Report, Restored, StoreSet, StoreGet, CheckpointSaved, PolicySet, Raised, Finished
-]
-ToRank = Union[Order, QuorumChange, PlanReady, RecoveryRecord, AllFinished, StoreValue]
-AgentMessage = Union[
-    AgentHello,
-    AgentBeat,
-    FromRank,
-    RankAware,
-    RanksFailed,
-    RankExited,
-    NodeReports,
-    NodeRestored,
-    StopAsked,
-    NodeIdle,
-]
-ToAgent = Union[
-    AgentBeat, Launch, QuorumChange, PlanReady, RecoveryRecord, AllFinished, ToOneRank, KillAll, StopAll
-]
+RankMessage: TypeAlias = (
+    Ready | Hello | Report | Restored | StoreSet | StoreGet | CheckpointSaved | PolicySet | Raised | Finished
+)
+ToRank: TypeAlias = Order | QuorumChange | PlanReady | RecoveryRecord | AllFinished | StoreValue
+AgentMessage: TypeAlias = (
+    AgentHello
+    | AgentBeat
+    | FromRank
+    | RankAware
+    | RanksFailed
+    | RankExited
+    | NodeReports
+    | NodeRestored
+    | StopAsked
+    | NodeIdle
+)
+ToAgent: TypeAlias = (
+    AgentBeat | Launch | QuorumChange | PlanReady | RecoveryRecord | AllFinished | ToOneRank | KillAll | StopAll
+)
 
 _encoder = msgspec.msgpack.Encoder()
-_rank_message_decoder = msgspec.msgpack.Decoder(RankMessage)
-_to_rank_decoder = msgspec.msgpack.Decoder(ToRank)
-_agent_message_decoder = msgspec.msgpack.Decoder(AgentMessage)
-_to_agent_decoder = msgspec.msgpack.Decoder(ToAgent)
+_rank_message_decoder: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage)
+_to_rank_decoder: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+_agent_message_decoder: msgspec.msgpack.Decoder[AgentMessage] = msgspec.msgpack.Decoder(AgentMessage)
+_to_agent_decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
 
 
 def encode(message: Message) -> bytes:

@@ -65,8 +65,7 @@ def _load_script(main: types.ModuleType, path: str) -> types.CodeType:
     main.__file__ = path
     main.__dict__["__builtins__"] = __builtins__
     with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    return code
+        return compile(file.read(), path, "exec", dont_inherit=True)
 
 
 def _load_module(main: types.ModuleType, name: str) -> types.CodeType:

@@ -1,6 +1,6 @@
 """Who may talk to the controller: keys derived from a per-job secret, and the check of each connection (ZAP).
 
-Agents of one job share a secret. Both CURVE key pairs (the controller's and the agents') are derived from it, so whoever
+Agents of one job share a secret. Both CURVE key pairs (the controller's and the agents') are derived from it, so who
 has the secret is let in, and nobody else gets past the handshake: no message of a stranger is ever decoded. CURVE uses
 fresh session keys for each connection, so recorded bytes are worth nothing later.
 """

@@ -46,17 +46,14 @@ def num_threads() -> int:
 
 
 def look_fresh() -> None:
-    """Make random generators look as in a freshly started interpreter.
-
-    torch starts from one fixed state, the others from new entropy.
-    """
+    """Make random generators look as in a freshly started interpreter: seeded from new entropy."""
     random.seed()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_rng_state(torch.Generator().get_state())
+        torch.default_generator.seed()
         num_wanted = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         if num_wanted != torch.get_num_threads():
             torch.set_num_threads(num_wanted)
