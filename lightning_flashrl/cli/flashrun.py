@@ -8,7 +8,8 @@ Take a command line of ``torchrun`` and write ``flashrun`` instead. What differs
 - All ranks print to the terminal. With ``--log-dir`` the output of every process that ever was a rank is kept as
   ``DIR/rank{R}/incarnation{K}.log`` (stdout and stderr in order) and also shown, each line with its rank;
   ``--redirects 3`` (or ``0:3,1:0`` by local rank) keeps it off the terminal, ``--tee`` puts it there again. Streams are
-  not told apart: 1, 2 and 3 mean the same. ``DIR/recovery.jsonl`` gets one line per recovery.
+  not told apart: 1, 2 and 3 mean the same. ``DIR/recovery.jsonl`` gets one line per recovery. A directory holds the
+  logs of one job; those of an earlier one are replaced.
 - The number of nodes is fixed: ``--nnodes 2``, not ``1:2``. Several nodes share a secret in ``FLASHRL_JOB_SECRET``.
 
 Exit status: 0 when all ranks left with 0, 130 after Ctrl-C, 143 after SIGTERM, the status of the rank that failed
@@ -52,7 +53,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; options may be written with ``-`` or ``_``."""
-    parser = argparse.ArgumentParser(prog="flashrun", description="Start a job as torchrun does, and keep it alive.")
+    parser = argparse.ArgumentParser(
+        prog="flashrun",
+        description="Start a job as torchrun does, and keep it alive.",
+        allow_abbrev=False,  # argparse would look for abbreviations of our options among those of the program
+    )
 
     def add(*names: str, **keywords: object) -> None:
         both = [

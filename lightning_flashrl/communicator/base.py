@@ -8,11 +8,10 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, Store
 
 
-class KeyValueStore(dist.Store):
+class KeyValueStore(Store):
     """The rendezvous store of native groups, over two functions that reach the controller.
 
     Nothing of ours listens on an unauthenticated port: keys travel over the authenticated control channel.
@@ -63,7 +62,7 @@ class Transport(ABC):
     """``"cpu"``, ``"cuda"`` or ``"npu"``."""
 
     @abstractmethod
-    def connect(self, store: dist.Store, rank: int, size: int, timeout_s: float, name: str) -> Backend:
+    def connect(self, store: Store, rank: int, size: int, timeout_s: float, name: str) -> Backend:
         """Form a native group of ``size`` members; blocks until all have arrived.
 
         Raises:
@@ -74,8 +73,12 @@ class Transport(ABC):
     def abort(self) -> None:
         """End every pending operation of every group made so far with an error. Called from another thread."""
 
-    def settle(self, groups: list[Backend]) -> None:  # noqa: B027 - most transports have nothing to do here
-        """Called once after :meth:`abort` when no operation runs any more, before groups are made anew."""
+    def settle(self) -> None:  # noqa: B027 - most transports have nothing to do here
+        """Clean up after :meth:`abort`: called when the program waits or connects, before groups are made anew.
+
+        Raises:
+            RuntimeError: the device cannot be used again; this rank must be replaced.
+        """
 
     def is_peer_failure(self, error: BaseException) -> bool:
         """Whether ``error`` of a collective may come from a lost peer (and not from wrong arguments)."""
@@ -115,7 +118,7 @@ def run_abandonable(function: Callable[[], Backend], abandoned: threading.Event,
     def run() -> None:
         try:
             result: Backend | BaseException = function()
-        except (RuntimeError, TimeoutError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the thread that waits raises it
             result = error
         with finished:
             outcome.append(result)

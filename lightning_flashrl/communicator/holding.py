@@ -57,6 +57,7 @@ class Call:
                 if self.finished.is_set():
                     self._resolve(self._future)
                     return self._future
+                self.group.communicator.begin_wait()
             future, work = self._future, self.work
         if work is not None:
             self.watch(work)
@@ -92,6 +93,7 @@ class Call:
             self.finished.set()
             future = self._future
         if future is not None:
+            self.group.communicator.end_wait()
             self._resolve(future)
 
 
@@ -436,20 +438,28 @@ class Communicator:
         )
 
     # ------------------------------------------------------------------ waiting and failures
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Mark that the program waits for other ranks."""
+    def begin_wait(self) -> None:
+        """From here on the program may wait for other ranks: a late heartbeat of its loop is not its fault."""
         with self._waiting_lock:
             self._num_waiting += 1
             if self._num_waiting == 1:
                 self._on_waiting(True)
+
+    def end_wait(self) -> None:
+        """One reason to wait is gone."""
+        with self._waiting_lock:
+            self._num_waiting -= 1
+            if self._num_waiting == 0:
+                self._on_waiting(False)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Mark that the program waits for other ranks."""
+        self.begin_wait()
         try:
             yield
         finally:
-            with self._waiting_lock:
-                self._num_waiting -= 1
-                if self._num_waiting == 0:
-                    self._on_waiting(False)
+            self.end_wait()
 
     def on_issued(self) -> None:
         """A call was issued: tell the heartbeat, and the recovery that may wait for the program to arrive."""

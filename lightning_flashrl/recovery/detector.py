@@ -178,10 +178,8 @@ def _remember(now_ns: int, look: Look, memory: Memory | None, interval_s: float)
     else:
         interpreter_ns = memory.interpreter_ns + late_ns
     is_excused = beat.state is not RankState.TRAINING or beat.waiting_since_ns > 0 or beat.is_paused
-    if has_advanced or is_excused or beat.loop_beats == 0:
-        progress_ns = now_ns
-    else:
-        progress_ns = memory.progress_ns + late_ns
+    is_progressing = has_advanced or is_excused or beat.loop_beats == 0
+    progress_ns = now_ns if is_progressing else memory.progress_ns + late_ns
     return Memory(
         incarnation=beat.incarnation,
         looked_ns=now_ns,

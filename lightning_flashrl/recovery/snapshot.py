@@ -254,19 +254,26 @@ class _LargeTensorError(Exception):
 class BufferWatch:
     """Finds tensors that were written in place since they were last looked at.
 
+    A write is seen by the tensor's version counter. Some kernels (running statistics) do not count their writes, and
+    small tensors are not worth the doubt: those are always taken to be changed.
+
     Args:
         tensors: by name.
+        always: names of tensors that are taken to be changed whatever their counter says.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    SMALL_BYTES = 1 << 15
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], always: Iterable[str] = ()) -> None:
         self._tensors = dict(tensors)
         self._versions = {name: tensor._version for name, tensor in self._tensors.items()}
-        self._changed: set[str] = set()
+        self._changed = {name for name in always if name in self._tensors}
+        self._changed |= {name for name, tensor in self._tensors.items() if tensor.nbytes <= self.SMALL_BYTES}
+        self._unchanged = set(self._tensors) - self._changed
 
     def changed(self) -> dict[str, torch.Tensor]:
-        """Tensors that differ from the start, by name."""
-        for name, tensor in self._tensors.items():
-            if tensor._version != self._versions[name]:
-                self._versions[name] = tensor._version
-                self._changed.add(name)
+        """Tensors that may differ from the start, by name."""
+        found = {name for name in self._unchanged if self._tensors[name]._version != self._versions[name]}
+        self._changed |= found
+        self._unchanged -= found
         return {name: self._tensors[name] for name in sorted(self._changed)}

@@ -14,23 +14,34 @@ from lightning_flashrl.communicator.holding import HoldingProcessGroup
 from lightning_flashrl.errors import ConfigurationError
 
 
-def read_layout(ddp: DistributedDataParallel) -> str:
-    """Parameter indices of each bucket in reduction order, empty before the first rebuild."""
+def read_layout(ddp: DistributedDataParallel) -> tuple[str, str]:
+    """Return the reducer's (buckets, order in which gradients arrived), each empty while it is not known.
+
+    Buckets are parameter indices in reduction order. Must be called by the program's thread, outside the backward pass:
+    the reducer keeps its lock while it waits for a collective.
+    """
     ddp.logger.set_runtime_stats_and_log()
-    return ddp._get_ddp_logging_data().get("rebuilt_per_bucket_param_indices") or ""
+    told = ddp._get_ddp_logging_data()
+    return told.get("rebuilt_per_bucket_param_indices") or "", told.get("prev_iteration_grad_ready_order_indices") or ""
 
 
-def adopt_layout(ddp: DistributedDataParallel, layout: str) -> None:
-    """Give a fresh reducer the survivors' bucket layout.
+def adopt_layout(ddp: DistributedDataParallel, layout: str, ready_order: str) -> None:
+    """Bring a fresh reducer to where the predecessor's was.
+
+    Args:
+        ddp: just built.
+        layout: buckets; empty if the predecessor had not rebuilt them yet. Then this reducer rebuilds them, with all
+            others, in its first forward, and asks rank 0 as they did.
+        ready_order: order in which the predecessor's gradients arrived; empty if it had no backward yet.
 
     Raises:
         ConfigurationError: the reducer did not take it (its parameters differ).
     """
-    if not layout:
+    if not ready_order or (ddp.find_unused_parameters and not ddp.static_graph):
         return
     group = ddp.process_group
     assert isinstance(group, HoldingProcessGroup)
-    buckets = [[int(index) for index in bucket.split()] for bucket in layout.split(",")]
+    buckets = [[int(index) for index in bucket.split()] for bucket in layout.split(",")] if layout else []
     indices = torch.tensor([index for bucket in buckets for index in bucket] + [len(buckets)], dtype=torch.int32)
     sizes = torch.tensor([len(bucket) for bucket in buckets], dtype=torch.int32)
     answers = [indices, sizes]
@@ -39,14 +50,20 @@ def adopt_layout(ddp: DistributedDataParallel, layout: str) -> None:
         if name == "broadcast" and answers and tensors[0].dtype == torch.int32 and tensors[0].shape == answers[0].shape:
             tensors[0].copy_(answers.pop(0))
 
-    parameters = [p for p in ddp.module.parameters() if p.requires_grad]
+    parameters = [parameter for parameter in ddp.module.parameters() if parameter.requires_grad]
+    order = [int(index) for index in ready_order.replace(",", " ").split()]
     with group.alone(answer):
         ddp.reducer.prepare_for_forward()
         ddp.reducer.prepare_for_backward([])
         with torch.enable_grad():
-            torch.stack([(parameter * 0).sum().float() for parameter in parameters]).sum().backward()
+            # Autograd runs what was created last first, so the last of these is the first gradient to arrive.
+            terms = [(parameters[index] * 0).sum().float() for index in reversed(order)]
+            torch.stack(terms).sum().backward()
+        if ddp.static_graph:
+            ddp.reducer._delay_all_reduce()
         for parameter in parameters:
             parameter.grad = None
-        ddp.reducer._rebuild_buckets()
-    if read_layout(ddp) != layout:
+        if layout:
+            ddp.reducer._rebuild_buckets()
+    if layout and read_layout(ddp)[0] != layout:
         raise ConfigurationError("the replacement's model has other gradient buckets; build the same model at every start")

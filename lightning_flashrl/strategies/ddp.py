@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_flashrl.communicator import make_transport
 from lightning_flashrl.strategies.environment import FlashEnvironment, FlashLauncher
 from lightning_flashrl.strategies.epoch_loop import install_loops
-from lightning_flashrl.strategies.logger_state import adopt_versions
+from lightning_flashrl.strategies.logger_state import keep_versions
 from lightning_flashrl.strategies.runtime import RecoveryRuntime
 from lightning_flashrl.strategies.session import FitSession
 from lightning_flashrl.supervisor.client import RankClient
@@ -70,6 +70,9 @@ class FlashDDPStrategy(DDPStrategy):
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
         self.runtime = _runtime_of_process(self._process_group_backend, self.root_device, self._timeout)
+        launcher = self.launcher
+        if isinstance(launcher, FlashLauncher) and launcher.trainer is not None:
+            keep_versions(launcher.trainer, self.runtime)
 
     def _get_process_group_backend(self) -> str:
         return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)

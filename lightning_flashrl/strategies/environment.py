@@ -83,6 +83,19 @@ class FlashEnvironment(ClusterEnvironment):
             )
 
 
+def _take_over_sigterm(trainer: Trainer) -> None:
+    """Lightning's SIGTERM handler broadcasts from within the signal, between any two collectives; ours only takes note.
+
+    The ranks agree on the step to stop at when they next commit.
+    """
+    connector = trainer._signal_connector
+
+    def note(signum: int, _: Any) -> None:
+        connector.received_sigterm = True
+
+    connector._sigterm_notifier_fn = note  # type: ignore[method-assign]
+
+
 class FlashLauncher(_Launcher):
     """Runs the function in a rank; in a program that is no rank, starts ``flashrun`` on the same program.
 
@@ -97,6 +110,7 @@ class FlashLauncher(_Launcher):
         self._num_nodes = num_nodes
         self._options = options
         self._environment = environment
+        self.trainer: Trainer | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -107,7 +121,10 @@ class FlashLauncher(_Launcher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run ``function`` in this rank, or become the parent of the ranks that do."""
         self._environment.validate_settings(self._num_processes, self._num_nodes)
+        self.trainer = trainer
         if FlashEnvironment.detect():
+            if trainer is not None:
+                _take_over_sigterm(trainer)
             return function(*args, **kwargs)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ConfigurationError(

@@ -44,6 +44,7 @@ _LOOP_REFERENCES = frozenset(
     | {"automatic_optimization", "manual_optimization", "_logger_connector"}
 )
 _TRAINER_FLAGS = ("should_stop", "_last_val_time", "_train_start_time")
+_WRAPPER_FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 _RESULT_FIELDS = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
 
 
@@ -96,8 +97,9 @@ class LocalState:
         self._freezer._dispatch[_ResultMetric] = _reduce_result
         self._freezer._dispatch[_ResultCollection] = _reduce_collection
         self._values: dict[str, torch.Tensor] = {}
+        self._always: set[str] = set()
         self._name_objects()
-        self._buffers = BufferWatch(self._values)
+        self._buffers = BufferWatch(self._values, always=self._always)
 
     @staticmethod
     def _report_refused(owner: Any, attribute: str, reason: str) -> None:
@@ -140,6 +142,8 @@ class LocalState:
             if isinstance(module, Metric):
                 excluded = excluded | _METRIC_INTERNALS
             self._freezer.watch(module, ("submodule", name), excluded)
+            if hasattr(module, "track_running_stats"):  # normalisation kernels write without leaving a trace
+                self._always.update(f"{name}.{key}" for key in module._buffers)
         for name, buffer in root.named_buffers(prefix=prefix):
             self._freezer.name(buffer, ("buffer", name))
             self._values[name] = buffer
@@ -165,6 +169,7 @@ class LocalState:
             "buffers": {name: tensor.detach().clone() for name, tensor in self._buffers.changed().items()},
             "data": self._position.capture(),
             "flags": {name: getattr(trainer, name) for name in _TRAINER_FLAGS if hasattr(trainer, name)},
+            "wrapper": {name: getattr(trainer.model, name) for name in _WRAPPER_FLAGS if hasattr(trainer.model, name)},
             "outputs": outputs,
         }
         return self._freezer.freeze(extra)
@@ -193,6 +198,8 @@ class LocalState:
                 self._values[name].copy_(value)
         for name, value in extra["flags"].items():
             setattr(trainer, name, value)
+        for name, value in extra["wrapper"].items():
+            setattr(trainer.model, name, value)
         self._position.restore(extra["data"])
         restore_rng(extra["rng"], self._device)
         return extra["outputs"]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import os
-from typing import Any
+import pickle
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+
+from lightning_flashrl.recovery.slot import Region
+
+if TYPE_CHECKING:
+    from lightning_flashrl.strategies.runtime import RecoveryRuntime
 
 
 def capture_loggers(trainer: Trainer) -> list[dict[str, Any]]:
@@ -30,7 +36,20 @@ def _capture(logger: Any, writes: bool) -> dict[str, Any]:
     return state
 
 
-def adopt_versions(trainer: Trainer, states: list[dict[str, Any]]) -> None:
+def keep_versions(trainer: Trainer, runtime: RecoveryRuntime) -> None:
+    """Decide the loggers' versions before anything is written, and let a replacement take over its predecessor's."""
+    if runtime.facts:
+        _adopt_versions(trainer, runtime.facts["loggers"])
+        return
+    noted = runtime.slot.read(Region.STATIC)
+    if noted is not None:
+        _adopt_versions(trainer, pickle.loads(noted))  # noqa: S301 - our own memory
+        return
+    states = [{"version": logger.version if hasattr(logger, "_version") else None} for logger in trainer.loggers]
+    runtime.slot.write(Region.STATIC, [pickle.dumps(states, protocol=5)])
+
+
+def _adopt_versions(trainer: Trainer, states: list[dict[str, Any]]) -> None:
     """Before set-up: let each logger continue the predecessor's version, and keep its files from being replaced."""
     for logger, state in zip(trainer.loggers, states, strict=False):
         if state.get("version") is not None and hasattr(logger, "_version"):

@@ -134,11 +134,14 @@ class RecoveryRuntime:
             journal = self._read_journal()
             self.communicator.start_replay(journal, is_complete=bool(self._published))
         self.communicator.start_recording(self._record_result)
-        threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
         client.start(on_quorum_change=self._on_quorum_change, on_plan=self._on_plan, on_event=self._on_event)
-        return make_default(self.communicator, client.global_rank, client.world_size, connect=not self.is_newcomer)
+        group = make_default(self.communicator, client.global_rank, client.world_size, connect=not self.is_newcomer)
+        threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
+        return group
 
     def _note_waiting(self, waits: bool) -> None:
+        if not waits:
+            self.slot[Word.LOOP_BEAT_NS] = clock.now_ns()
         self.slot[Word.WAITING_SINCE_NS] = clock.now_ns() if waits else 0
 
     def _note_seq(self, seq: int) -> None:

@@ -22,6 +22,9 @@ from lightning_flashrl.strategies.runtime import Published, RecoveryRuntime
 from lightning_flashrl.strategies.transfer import load_optimizer_tree, optimizer_tree, receive_state
 from lightning_flashrl.types import Phase, ResumeKind
 
+_LAYOUT_IS_SETTLED = 3
+"""Updates after which DDP's buckets have been rebuilt if they ever are."""
+
 
 class FitSession:
     """Ties the loops of one trainer to the recovery runtime.
@@ -41,7 +44,7 @@ class FitSession:
         self._publish_next = False
         self._entered: Published | None = None
         self._restore_hooks: Callable[[], None] | None = None
-        self._layout = ""
+        self._layout, self._ready_order = "", ""
         runtime.replicated = self._replicated
 
     # ------------------------------------------------------------------ what travels from a donor
@@ -51,7 +54,6 @@ class FitSession:
         tree = {
             "optimizers": optimizer_tree(trainer.optimizers),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "layout": self._layout or self._read_layout(),
         }
         return list(trainer.lightning_module.parameters()), tree
 
@@ -63,12 +65,13 @@ class FitSession:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and tree["scaler"]:
             scaler.load_state_dict(tree["scaler"])
-        self._layout = tree["layout"]
         return version
 
-    def _read_layout(self) -> str:
+    def note_layout(self) -> None:
+        """After a forward pass: learn the gradient buckets, which DDP settles in its second one."""
         model = self.trainer.strategy.model
-        return read_layout(model) if isinstance(model, DistributedDataParallel) else ""
+        if not self._layout and self.runtime.version <= _LAYOUT_IS_SETTLED and isinstance(model, DistributedDataParallel):
+            self._layout, self._ready_order = read_layout(model)
 
     # ------------------------------------------------------------------ the epoch loop's questions
     def begin_epoch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> ResumeKind | None:
@@ -80,7 +83,8 @@ class FitSession:
         published = self.runtime.enter(self._receive)
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
-            adopt_layout(model, self._layout)
+            self._layout, self._ready_order = published.facts["layout"]
+            adopt_layout(model, self._layout, self._ready_order)
         fetcher._start_profiler = loop._on_before_fetch
         fetcher._stop_profiler = loop._on_after_fetch
         self._restore(published, fetcher)
@@ -156,12 +160,13 @@ class FitSession:
     def _publish(self, kind: ResumeKind, batch: int, outputs: Any = None, version: int | None = None) -> None:
         assert self._state is not None
         runtime = self.runtime
-        facts = {"loggers": capture_loggers(self.trainer)}
+        facts = {"loggers": capture_loggers(self.trainer), "layout": (self._layout, self._ready_order)}
         runtime.publish(kind, batch, runtime.version if version is None else version, self._state.capture(outputs), facts)
 
     # ------------------------------------------------------------------ the strategy's questions
     def commit(self) -> None:
         """Gradients are complete and clipped: publish, then wait until all ranks have done so."""
+        self.note_layout()
         outputs = None
         if self.closure is not None and self.closure._result is not None:
             outputs = self.closure._result.asdict()
@@ -174,6 +179,4 @@ class FitSession:
 
     def committed(self) -> None:
         """The optimizer has stepped."""
-        if not self._layout:
-            self._layout = self._read_layout()
         self.runtime.committed(self.runtime.version + 1)

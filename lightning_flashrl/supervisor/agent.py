@@ -16,6 +16,7 @@ A hung rank is killed and then takes the way of a dead one, so a slot never has 
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import socket
@@ -89,6 +90,7 @@ class _Rank:
     slot: RankSlot
     global_rank: int = -1
     incarnation: int = -1
+    is_newcomer: bool = False
     channel: AgentChannel | None = None
     process: Process | None = None
     is_running: bool = False
@@ -221,8 +223,9 @@ class Agent:
     def _on_join_timeout(self) -> None:
         if self._launch is None and not self._is_stopping:
             self._tell(
-                f"the job did not begin within {self._settings.join_timeout_s:g} s; check that all nodes were started, that "
-                f"they reach {self._endpoint} and have the same FLASHRL_JOB_SECRET, or set --rdzv-conf join_timeout=SECONDS"
+                f"the job did not begin within {self._settings.join_timeout_s:g} s; check that all nodes were started, "
+                f"that they reach {self._endpoint} and have the same FLASHRL_JOB_SECRET, or give them longer with "
+                "--rdzv-conf join_timeout=SECONDS"
             )
             self._send(protocol.StopAsked(signal.SIGTERM))
             self._stop(protocol.StopAll(1, signal.SIGTERM, 0.0, ""))
@@ -245,11 +248,20 @@ class Agent:
         self._quorum = None
         for rank in self._ranks:
             rank.global_rank = launch.first_rank + rank.local_rank
+        if launch.incarnation == 0:
+            self._remove_old_logs()
         self._by_global = {rank.global_rank: rank for rank in self._ranks}
         if self._settings.is_python:
             self._pool.start(self._environment.common(launch), self._spawn_all)
         else:
             self._spawn_all()
+
+    def _remove_old_logs(self) -> None:
+        """A log directory holds one job: what an earlier one left is not mistaken for this one's."""
+        for rank in self._ranks:
+            if self._settings.log_dir is not None:
+                for path in glob.glob(f"{glob.escape(self._settings.log_dir)}/rank{rank.global_rank}/incarnation*.log"):
+                    os.remove(path)
 
     def _spawn_all(self) -> None:
         for rank in self._ranks:
@@ -259,6 +271,7 @@ class Agent:
         if self._is_stopping or self._is_killing or self._launch is None:
             return
         rank.incarnation += 1
+        rank.is_newcomer = self._quorum is not None
         rank.slot.begin_incarnation(0, rank.incarnation)
         rank.is_running, rank.is_listening = True, False
         rank.has_raised = rank.is_given_up = rank.needs_spawn = False
@@ -306,7 +319,7 @@ class Agent:
 
     def _environ_of(self, rank: _Rank) -> dict[str, str]:
         assert self._launch is not None
-        return self._environment.of_rank(self._launch, rank.local_rank, rank.incarnation)
+        return self._environment.of_rank(self._launch, rank.local_rank, rank.incarnation, is_newcomer=rank.is_newcomer)
 
     def _log_path(self, rank: _Rank) -> str | None:
         if self._settings.log_dir is None:

@@ -44,6 +44,7 @@ class RankClient:
         local_world_size: ranks of this node.
         node_rank: number of the node.
         incarnation: how many processes held this rank before.
+        is_newcomer: whether it replaces a rank of a running job; ``False`` also when the whole job starts again.
         slot: this rank's shared memory.
         local_slots: slots of all ranks of this node, by global rank.
         log_dir: where ``flashrun --log-dir`` keeps logs.
@@ -58,6 +59,7 @@ class RankClient:
         self.local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
         self.node_rank = int(os.environ["GROUP_RANK"])
         self.incarnation = int(os.environ["FLASHRL_INCARNATION"])
+        self.is_newcomer = os.environ["FLASHRL_IS_NEWCOMER"] == "1"
         self.local_slots = slots
         self.slot = slots[self.global_rank]
         self.log_dir = os.environ.get("FLASHRL_LOG_DIR")

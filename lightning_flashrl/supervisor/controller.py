@@ -111,7 +111,6 @@ class _Node:
     host: str
     last_seen_ns: int
     first_rank: int = 0
-    is_idle: bool = False
 
 
 @dataclass(slots=True)
@@ -146,6 +145,7 @@ class Controller:
         self._settings = settings
         self._choose_port = choose_port
         self._nodes: dict[int, _Node] = {}
+        self._idle_nodes: set[int] = set()
         self._store = Store()
         self._budget = FaultBudget(
             DEFAULT_MAX_FAULTS if settings.max_restarts is None else settings.max_restarts,
@@ -206,7 +206,7 @@ class Controller:
         if self.state in (JobState.RUNNING, JobState.RESTARTING):
             for node_rank, node in sorted(self._nodes.items()):
                 if now_ns - node.last_seen_ns > NODE_SILENCE_S * 1e9:
-                    node.is_idle = True
+                    self._idle_nodes.add(node_rank)
                     self._fail(
                         f"node {node_rank} ({node.host}) has been silent for {NODE_SILENCE_S:g} s; the job stops"
                     )
@@ -243,7 +243,6 @@ class Controller:
         self.state = JobState.RUNNING
         port = self._choose_port()
         for node_rank, node in sorted(self._nodes.items()):
-            node.is_idle = False
             self._send(
                 node_rank,
                 protocol.Launch(
@@ -404,8 +403,7 @@ class Controller:
         for group in (self._exited, self._raised, self._finished):
             group.clear()
         self._is_fit_over = False
-        for node in self._nodes.values():
-            node.is_idle = False
+        self._idle_nodes.clear()
         self._send(None, protocol.KillAll())
 
     def _on_exited(self, global_rank: int) -> None:
@@ -414,8 +412,8 @@ class Controller:
             self._stop(0, "", signal_number=_SIGTERM, grace_s=0.0)
 
     def _on_idle(self, node_rank: int) -> None:
-        self._nodes[node_rank].is_idle = True
-        if not all(node.is_idle for node in self._nodes.values()):
+        self._idle_nodes.add(node_rank)
+        if len(self._idle_nodes) < len(self._nodes):
             return
         if self.state is JobState.RESTARTING:
             self._launch()

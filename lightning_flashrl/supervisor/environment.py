@@ -77,7 +77,7 @@ class RankEnvironment:
             environ["FLASHRL_RESUME_CKPT"] = launch.resume_checkpoint
         return environ
 
-    def of_rank(self, launch: Launch, local_rank: int, incarnation: int) -> dict[str, str]:
+    def of_rank(self, launch: Launch, local_rank: int, incarnation: int, *, is_newcomer: bool) -> dict[str, str]:
         """The complete environment of one rank."""
         global_rank = str(launch.first_rank + local_rank)
         return self.common(launch) | {
@@ -85,4 +85,5 @@ class RankEnvironment:
             "LOCAL_RANK": str(local_rank),
             "ROLE_RANK": global_rank,
             "FLASHRL_INCARNATION": str(incarnation),
+            "FLASHRL_IS_NEWCOMER": str(int(is_newcomer)),
         }

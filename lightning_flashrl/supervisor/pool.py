@@ -20,6 +20,7 @@ from lightning_flashrl.supervisor.process import Process, spawn
 
 _REFILL_DELAY_S = 1.0
 """A new process is forked when the recovery that took the last one is probably over."""
+_FIRST_FILL_DELAY_S = 0.1
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 
@@ -120,7 +121,7 @@ class StandbyPool:
         if message == standby.READY:
             self._is_ready = True
             self._settle()
-            self._loop.call_later(_REFILL_DELAY_S, self._refill)
+            self._loop.call_later(_FIRST_FILL_DELAY_S, self._refill)
         else:
             self._loop.remove(self._control.fileno())
 

@@ -15,6 +15,8 @@ _NEVER = frozenset({"torch_npu", "tensorflow", "jax", "vllm", "sglang", "deepspe
 """They start threads or touch devices when they are imported."""
 _TORCH = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.data", "torch._dynamo")
 _LIGHTNING = ("lightning.pytorch", "torchmetrics", "lightning_flashrl.strategies", "lightning_flashrl.callbacks")
+_LIGHT = frozenset({"supervisor", "recovery", "clock", "types", "errors"})
+"""Parts of this package that need neither."""
 _LIGHTNING_NAMES = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 
 
@@ -76,7 +78,7 @@ def core_modules(preload: Preload) -> tuple[str, ...]:
 
 
 def _is_light(name: str) -> bool:
-    return name.startswith(("lightning_flashrl.supervisor", "lightning_flashrl.clock", "lightning_flashrl.types"))
+    return name.removeprefix("lightning_flashrl.").partition(".")[0] in _LIGHT
 
 
 def _walk(source: str, local_dir: str) -> tuple[set[str], set[str]]:

@@ -16,7 +16,7 @@ from zmq.utils import z85
 from lightning_flashrl.supervisor.loop import EventLoop
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
-_HANDSHAKE_TIMEOUT_MS = 2000
+_HANDSHAKE_TIMEOUT_MS = 5000
 _MAX_MESSAGE_BYTES = 1 << 28
 
 

@@ -19,6 +19,8 @@ from lightning_flashrl.supervisor.security import DoorKeeper, JobKeys
 LOCAL_ENDPOINT = "inproc://flashrl-controller"
 """How the agent in the controller's own process reaches it; there is no port that others could use."""
 _TICK_S = 1.0
+_BACKLOG = 4096
+"""Agents of a large job connect at the same moment."""
 
 
 def free_port() -> int:
@@ -61,12 +63,15 @@ class ControllerService:
         self._loop = loop
         self._tell = tell
         self._log_path = None if log_dir is None else os.path.join(log_dir, "recovery.jsonl")
+        if self._log_path is not None and os.path.exists(self._log_path):
+            os.remove(self._log_path)
         self._peers: dict[int, bytes] = {}
         self._nodes: dict[bytes, int] = {}
         self._door = None if keys is None else DoorKeeper(context, loop, keys)
         self._socket = context.socket(zmq.ROUTER)
         self._socket.linger = 1000
         self._socket.sndhwm = self._socket.rcvhwm = 0
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._socket.bind(LOCAL_ENDPOINT)
         if endpoint is not None and keys is not None:
             keys.guard_server(self._socket)

@@ -1,0 +1,116 @@
+"""Processes are watched by descriptor and die with their parent."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+import pytest
+
+from lightning_flashrl.supervisor.process import (
+    ExitStatus,
+    Process,
+    become_subreaper,
+    children,
+    die_with_parent,
+    process_state,
+    reap_strangers,
+    spawn,
+)
+
+
+def wait(process: Process) -> ExitStatus:
+    select.select([process.pidfd], [], [], 10)
+    status = process.poll()
+    assert status is not None
+    return status
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "shell_code"),
+    [
+        ("raise SystemExit(3)", "exited with status 3 without a report", 3),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL", 137),
+        ("import os; os.kill(os.getpid(), 40)", "killed by signal 40", 168),
+    ],
+)
+def test_the_end_of_a_process_is_told(code: str, text: str, shell_code: int) -> None:
+    process = spawn([sys.executable, "-c", code], dict(os.environ))
+    status = wait(process)
+    assert (str(status), status.shell_code) == (text, shell_code)
+    assert process.poll() == status
+    process.send_signal(signal.SIGKILL)
+
+
+def test_a_stopped_process_is_seen() -> None:
+    process = spawn(["sleep", "100"], dict(os.environ))
+    assert process.poll() is None
+    assert not process.is_stopped()
+    process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 5
+    while not process.is_stopped() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert process.is_stopped()
+    process.send_signal(signal.SIGKILL)
+    assert wait(process) == ExitStatus(9, is_signal=True)
+    assert process_state(process.pid) is None
+
+
+def test_what_a_process_leaves_behind_ends_with_it() -> None:
+    become_subreaper()
+    process = spawn(["sh", "-c", "sleep 100 & sleep 100 & exit 0"], dict(os.environ))
+    select.select([process.pidfd], [], [], 10)
+    assert process.poll(kill_group=True) == ExitStatus(0, is_signal=False)
+    deadline = time.monotonic() + 5
+    while any(process_state(pid) != "Z" for pid in children()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for _ in range(5):
+        reap_strangers(set())
+    assert children() == []
+
+
+def test_reaping_leaves_known_children_alone() -> None:
+    process = spawn(["true"], dict(os.environ))
+    select.select([process.pidfd], [], [], 10)
+    reap_strangers({process.pid})
+    assert wait(process) == ExitStatus(0, is_signal=False)
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        middle = os.getpid()
+        if os.fork() == 0:
+            die_with_parent(middle)
+            os.write(write, str(os.getpid()).encode())
+            time.sleep(100)
+        time.sleep(100)
+    child = int(os.read(read, 16))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + 5
+    while process_state(child) not in (None, "Z") and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert process_state(child) in (None, "Z")
+    reap_strangers(set())
+    os.close(read)
+    os.close(write)
+
+
+def test_a_descriptor_is_inherited_only_by_the_one_process() -> None:
+    read, write = os.pipe()
+    process = spawn([sys.executable, "-c", f"import os; os.write({write}, b'hi')"], dict(os.environ), (write,))
+    assert os.read(read, 8) == b"hi"
+    assert not os.get_inheritable(write)
+    assert wait(process) == ExitStatus(0, is_signal=False)
+    os.close(read)
+    os.close(write)
+
+
+def test_no_such_process() -> None:
+    with pytest.raises(ProcessLookupError):
+        Process(2**22 - 1)
