@@ -18,6 +18,7 @@ bounds for the controller's part and contain no network.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -144,7 +145,7 @@ class Simulation:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
-            for first, last in zip(bounds, bounds[1:], strict=False)
+            for first, last in itertools.pairwise(bounds)
             if last > first
         ]
         self._answers: list[dict[str, int]] = []

@@ -19,6 +19,7 @@ otherwise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import ipaddress
@@ -257,14 +258,16 @@ def job_keys(place: Place, run_id: str) -> JobKeys | None:
 # --------------------------------------------------------------------------- running
 def tell(text: str) -> None:
     """Show an event on stderr."""
-    sys.stderr.write("".join(f"[flashrun] {line}\n" for line in text.splitlines()))
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write("".join(f"[flashrun] {line}\n" for line in text.splitlines()))
+        sys.stderr.flush()
 
 
 def show(text: str) -> None:
     """Show output of ranks on stdout."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _agent_settings(arguments: argparse.Namespace, place: Place, num_ranks: int, log_dir: str | None) -> AgentSettings:

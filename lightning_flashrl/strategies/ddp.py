@@ -142,7 +142,10 @@ class FlashDDPStrategy(DDPStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        with self._phase(Phase.SANITY_CHECK if self.lightning_module.trainer.sanity_checking else Phase.VALIDATION):
+        is_sanity_check = self.lightning_module.trainer.sanity_checking
+        if self.session is not None and not is_sanity_check:
+            self.session.note_validation_step()
+        with self._phase(Phase.SANITY_CHECK if is_sanity_check else Phase.VALIDATION):
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -67,7 +67,9 @@ class FlashTrainingEpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         trainer = self.trainer
         if trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not self.restarting:
-            self.session.position.begin_iterator(trainer.fit_loop.epoch_progress.current.processed)
+            self.session.position.begin_iterator(
+                trainer.fit_loop.epoch_progress.current.processed, data_fetcher.combined_loader.flattened
+            )
         self.session.position.offset = self.batch_progress.current.ready
         super().on_run_start(data_fetcher)
 
@@ -85,7 +87,8 @@ class FlashFitLoop(_FitLoop):
 
     def _load_combined_loader_states(self) -> None:
         super()._load_combined_loader_states()
-        self.session.position.begin_iterator(self.epoch_progress.current.processed)
+        assert self._combined_loader is not None
+        self.session.position.begin_iterator(self.epoch_progress.current.processed, self._combined_loader.flattened)
 
     def on_advance_end(self) -> None:
         self.session.runtime.enter_phase(Phase.EPOCH_END)

@@ -21,26 +21,31 @@ class DataPosition:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rng_at_iter = capture_rng(device)
+        self._rng_at_iter: tuple[Any, ...] = ()
+        self._generators: tuple[bytes, ...] = ()
         self._epoch = 0
         self.consumed = 0
+        self._made: tuple[Any, ...] | None = None
+        """Of a replacement: how its own set-up made the iterator."""
         self.offset = 0
         """Batches that the loop counts as fetched although this iterator did not give them (a resumed epoch)."""
 
-    def begin_iterator(self, epoch: int) -> None:
+    def begin_iterator(self, epoch: int, loaders: list[Any]) -> None:
         """The training iterator is about to be made: its seeds come from the random states of this moment."""
         self._rng_at_iter = capture_rng(self._device)
+        self._generators = tuple(g.get_state().numpy().tobytes() for g in _generators(loaders))
         self._epoch = epoch
         self.consumed = 0
         self.offset = 0
 
     def capture(self) -> tuple[Any, ...]:
         """This position as plain values."""
-        return (self._rng_at_iter, self._epoch, self.consumed, self.offset)
+        return (self._rng_at_iter, self._generators, self._epoch, self.consumed, self.offset)
 
     def restore(self, captured: tuple[Any, ...]) -> None:
         """Take over a captured position; the iterator follows with :meth:`seek`."""
-        self._rng_at_iter, self._epoch, self.consumed, self.offset = captured
+        self._made = self._made or (self._rng_at_iter, self._generators, self._epoch)
+        self._rng_at_iter, self._generators, self._epoch, self.consumed, self.offset = captured
 
     def seek(self, fetcher: _DataFetcher, consumed: int) -> None:
         """Make the training iterator anew, as it was made, and step over ``consumed`` batches.
@@ -48,10 +53,14 @@ class DataPosition:
         Batches that worker processes or stateful loaders produce are produced again, so that the random states inside
         them move on as well; plain loaders only step their sampler.
         """
-        restore_rng(self._rng_at_iter, self._device)
-        for loader in fetcher.combined_loader.flattened:
-            _set_sampler_epoch(loader, self._epoch)
-        iter(fetcher)
+        loaders = fetcher.combined_loader.flattened
+        if self._made != (self._rng_at_iter, self._generators, self._epoch):
+            restore_rng(self._rng_at_iter, self._device)
+            for generator, state in zip(_generators(loaders), self._generators, strict=False):
+                generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+            for loader in loaders:
+                _set_sampler_epoch(loader, self._epoch)
+            iter(fetcher)
         fetcher.fetched += self.offset
         if consumed and not self._skip_samples(fetcher, consumed):
             for _ in range(consumed):
@@ -77,6 +86,19 @@ class DataPosition:
         fetcher.fetched += count
         fetcher.done = fetcher.fetched >= fetcher.length
         return True
+
+
+def _generators(loaders: list[Any]) -> list[torch.Generator]:
+    """The generators that loaders and their samplers own, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        sampler = getattr(loader, "sampler", None)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def _is_plain(loader: Any) -> bool:

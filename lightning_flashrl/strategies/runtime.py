@@ -94,6 +94,7 @@ class RecoveryRuntime:
         self.version = 0
         """Optimizer updates contained in this rank's parameters and optimizer state."""
         self.ordinal = 0
+        self.global_step = 0
         self.is_training = False
         self.stop_version: int | None = None
         """All ranks agreed to stop after this many updates, because one of them got SIGTERM."""
@@ -165,7 +166,8 @@ class RecoveryRuntime:
         """The program begins ``phase`` of its current step."""
         self.slot.beat_loop()
         self.slot[Word.PHASE] = phase
-        fault = self._trigger.at(StepTag(self.version, phase))
+        self.slot[Word.GLOBAL_STEP] = self.global_step
+        fault = self._trigger.at(StepTag(self.global_step, phase))
         if fault is not None:
             fault.how.strike()
 
@@ -276,15 +278,21 @@ class RecoveryRuntime:
         if not self.slot[Word.STOP_REQUESTED]:
             self.slot[Word.STOP_REQUESTED] = self.version + 1
 
-    def committed(self, version: int) -> None:
-        """Update ``version`` is in the parameters."""
+    def committed(self, version: int, *, is_agreed: bool = True) -> None:
+        """Update ``version`` is in the parameters.
+
+        Args:
+            version: of this rank's state from here on.
+            is_agreed: whether all ranks are known to have published a resume point that belongs to it, so that inputs
+                of earlier collectives can be forgotten.
+        """
         with self._update_lock:
             self.version = version
             self._is_updating = False
             self._update_lock.notify_all()
         self.slot[Word.COMMITTED] = version
-        self.slot[Word.GLOBAL_STEP] = version
-        self.communicator.truncate()
+        if is_agreed:
+            self.communicator.truncate()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -485,7 +493,6 @@ class RecoveryRuntime:
             self._mid_parity = _MID_BUFFERS.index(Region(point.buffer))
         self.slot[Word.READY_TO_COMMIT] = version
         self.slot[Word.COMMITTED] = version
-        self.slot[Word.GLOBAL_STEP] = version
         communicator.stop_recording()
         communicator.end_replay()
         communicator.enter(point.seqs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,29 @@ from lightning_flashrl.strategies.local_state import LocalState
 from lightning_flashrl.strategies.logger_state import capture_loggers, restore_loggers
 from lightning_flashrl.strategies.position import DataPosition
 from lightning_flashrl.strategies.runtime import Published, RecoveryRuntime
-from lightning_flashrl.strategies.transfer import load_optimizer_tree, optimizer_tree, receive_state
+from lightning_flashrl.strategies.transfer import copy_tree, load_optimizer_tree, optimizer_tree, receive_state
 from lightning_flashrl.types import Phase, ResumeKind
 
 _LAYOUT_IS_SETTLED = 3
 """Updates after which DDP's buckets have been rebuilt if they ever are."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateCopy:
+    """Replicated state: live tensors, or copies of them."""
+
+    parameters: list[torch.Tensor]
+    tree: Any
+
+    def clone(self, reuse: StateCopy | None = None) -> StateCopy:
+        """Copy every tensor, into the memory of an earlier copy where that fits."""
+        old = reuse.parameters if reuse is not None else []
+        with torch.no_grad():
+            copies = [
+                old[i].copy_(p) if i < len(old) and old[i].shape == p.shape else p.detach().clone()
+                for i, p in enumerate(self.parameters)
+            ]
+        return StateCopy(copies, copy_tree(self.tree))
 
 
 class FitSession:
@@ -44,18 +63,33 @@ class FitSession:
         self._publish_next = False
         self._entered: Published | None = None
         self._restore_hooks: Callable[[], None] | None = None
+        self._is_inside_batch = False
         self._layout, self._ready_order = "", ""
+        self.resumes_at_batch = False
+        """Updates happen inside the user's step: a replacement enters at the batch's start, from a copy kept there."""
+        self._batch_copy: StateCopy | None = None
+        self._validation_copy: StateCopy | None = None
+        self._validation_writes: bool | None = None
         runtime.replicated = self._replicated
 
     # ------------------------------------------------------------------ what travels from a donor
-    def _replicated(self) -> tuple[list[torch.Tensor], Any]:
+    def _live(self) -> StateCopy:
         trainer = self.trainer
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         tree = {
             "optimizers": optimizer_tree(trainer.optimizers),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        return list(trainer.lightning_module.parameters()), tree
+        return StateCopy(list(trainer.lightning_module.parameters()), tree)
+
+    def _replicated(self) -> tuple[list[torch.Tensor], Any]:
+        """What a donor gives, as of its last resume point."""
+        state = self._live()
+        if self._validation_copy is not None:
+            state = StateCopy(self._validation_copy.parameters, state.tree)
+        elif self.resumes_at_batch and self._is_inside_batch and self._batch_copy is not None:
+            state = self._batch_copy
+        return state.parameters, state.tree
 
     def _receive(self, native: Backend, donor: int) -> int:
         trainer = self.trainer
@@ -78,6 +112,8 @@ class FitSession:
         """Called when an epoch begins. Returns where in it to enter, or ``None`` to begin at its beginning."""
         if self._state is None:
             self._state = LocalState(self.trainer, self.position)
+            updates_inside = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.trainer.optimizers)
+            self.resumes_at_batch = updates_inside or not self.trainer.lightning_module.automatic_optimization
         if not self.runtime.must_enter:
             return None
         published = self.runtime.enter(self._receive)
@@ -88,6 +124,13 @@ class FitSession:
         fetcher._start_profiler = loop._on_before_fetch
         fetcher._stop_profiler = loop._on_after_fetch
         self._restore(published, fetcher)
+        if published.point.kind is ResumeKind.BATCH_START:
+            self.position.consumed += 1
+            if self.resumes_at_batch:
+                self._copy_batch_start()
+        elif published.point.kind is ResumeKind.BATCH_END:
+            self.begin_validation(loop._should_check_val_fx(fetcher))
+        self._publish_next = published.point.kind is ResumeKind.BATCH_END
         return published.point.kind
 
     def _restore(self, published: Published, fetcher: _DataFetcher) -> None:
@@ -139,23 +182,73 @@ class FitSession:
 
     def begin_batch(self, loop: FlashTrainingEpochLoop) -> None:
         """Called before a batch is fetched."""
-        self.runtime.enter_phase(Phase.BATCH_START)
-        if self._publish_next and self._has_no_partial_gradients(loop):
+        runtime = self.runtime
+        runtime.global_step = loop.global_step
+        runtime.enter_phase(Phase.BATCH_START)
+        self._end_validation()
+        batch = loop.batch_progress.total.ready
+        if self.resumes_at_batch:
+            if self._has_no_partial_gradients(loop):
+                self._keep_batch_start(batch)
+        elif self._publish_next and self._has_no_partial_gradients(loop):
             self._publish_next = False
-            self._publish(ResumeKind.BATCH_START, loop.batch_progress.total.ready)
+            self._publish(ResumeKind.BATCH_START, batch)
         self.position.consumed += 1
+
+    def _keep_batch_start(self, batch: int) -> None:
+        """All ranks publish, then each keeps a copy of what this batch may update."""
+        version = 2 * batch + 1
+        self._publish(ResumeKind.BATCH_START, batch, version=version)
+        self.runtime.slot.clear(Region.FILES)
+        self.runtime.await_commit(version)
+        self._copy_batch_start()
+        self.runtime.committed(version)
+
+    def _copy_batch_start(self) -> None:
+        self._batch_copy = self._live().clone(reuse=self._batch_copy)
+        self._is_inside_batch = True
 
     def _has_no_partial_gradients(self, loop: FlashTrainingEpochLoop) -> bool:
         return loop.batch_progress.current.ready % self.trainer.accumulate_grad_batches == 0
 
     def end_batch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> None:
         """Called when a batch is done, before validation and epoch-end hooks."""
-        self.runtime.enter_phase(Phase.BATCH_END)
-        long_ahead = loop._should_check_val_fx(fetcher) or loop._num_ready_batches_reached() or loop.done
-        if long_ahead and not loop._should_accumulate():
-            self._publish(ResumeKind.BATCH_END, loop.batch_progress.total.ready)
-        if long_ahead:
-            self._publish_next = True
+        runtime = self.runtime
+        runtime.global_step = loop.global_step
+        runtime.enter_phase(Phase.BATCH_END)
+        will_validate = loop._should_check_val_fx(fetcher)
+        if not (will_validate or loop._num_ready_batches_reached() or loop.done):
+            return
+        self._publish_next = True
+        if loop._should_accumulate():
+            return
+        batch = loop.batch_progress.total.ready
+        if self.resumes_at_batch:
+            self._is_inside_batch = False
+            self._publish(ResumeKind.BATCH_END, batch, version=2 * batch)
+            runtime.committed(2 * batch, is_agreed=False)
+        else:
+            self._publish(ResumeKind.BATCH_END, batch)
+        self.begin_validation(will_validate)
+
+    # ------------------------------------------------------------------ weights that validation exchanges
+    def begin_validation(self, will_validate: bool) -> None:
+        """Keep the weights if a callback may exchange them during validation (averaged weights do)."""
+        if will_validate and self._validation_writes is not False:
+            parameters = [parameter.detach().clone() for parameter in self.trainer.lightning_module.parameters()]
+            self._validation_copy = StateCopy(parameters, None)
+
+    def note_validation_step(self) -> None:
+        """A validation batch runs: has anybody exchanged the weights?"""
+        if self._validation_writes is None and self._validation_copy is not None:
+            live = self.trainer.lightning_module.parameters()
+            pairs = zip(live, self._validation_copy.parameters, strict=True)
+            self._validation_writes = not all(torch.equal(parameter, kept) for parameter, kept in pairs)
+            if not self._validation_writes:
+                self._validation_copy = None
+
+    def _end_validation(self) -> None:
+        self._validation_copy = None
 
     def _publish(self, kind: ResumeKind, batch: int, outputs: Any = None, version: int | None = None) -> None:
         assert self._state is not None
@@ -166,6 +259,8 @@ class FitSession:
     # ------------------------------------------------------------------ the strategy's questions
     def commit(self) -> None:
         """Gradients are complete and clipped: publish, then wait until all ranks have done so."""
+        if self.resumes_at_batch:
+            return
         self.note_layout()
         outputs = None
         if self.closure is not None and self.closure._result is not None:
@@ -179,4 +274,6 @@ class FitSession:
 
     def committed(self) -> None:
         """The optimizer has stepped."""
+        if self.resumes_at_batch:
+            return
         self.runtime.committed(self.runtime.version + 1)

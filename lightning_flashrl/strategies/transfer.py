@@ -168,3 +168,14 @@ def load_optimizer_tree(optimizers: Iterable[torch.optim.Optimizer], trees: list
         optimizer.state.clear()
         for index, state in tree.items():
             optimizer.state[parameters[index]] = state
+
+
+def copy_tree(tree: Any) -> Any:
+    """The same tree with every tensor copied."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copy_tree(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copy_tree(value) for value in tree)
+    return tree

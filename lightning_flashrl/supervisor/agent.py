@@ -49,7 +49,8 @@ from lightning_flashrl.types import RankReport
 
 _TICK_S = 0.1
 _BEAT_S = 1.0
-_CONTROLLER_SILENCE_S = 15.0
+_MAX_UNANSWERED = 15
+"""Beats, not seconds: an agent that was stopped itself does not blame the controller."""
 _KILL_WAIT_S = 5.0
 
 
@@ -160,7 +161,7 @@ class Agent:
         self._is_killing = False
         self._is_stopping = False
         self._kill_timer: Timer | None = None
-        self._controller_seen_s = clock.now_s()
+        self._num_unanswered = 0
         self._children_before = set(children())
         become_subreaper()
         self._socket = context.socket(zmq.DEALER)
@@ -185,7 +186,7 @@ class Agent:
                 payload = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._controller_seen_s = clock.now_s()
+            self._num_unanswered = 0
             self._on_order(protocol.decode_to_agent(payload), payload)
 
     def _on_order(self, message: protocol.ToAgent, payload: bytes) -> None:
@@ -214,10 +215,9 @@ class Agent:
         if self.is_done:
             return
         self._send(protocol.AgentBeat())
-        silent_s = clock.now_s() - self._controller_seen_s
-        if self._launch is not None and not self._is_stopping and silent_s > _CONTROLLER_SILENCE_S:
-            text = f"the controller has been silent for {silent_s:.0f} s; this node stops"
-            self._tell(text)
+        self._num_unanswered += 1
+        if self._launch is not None and not self._is_stopping and self._num_unanswered > _MAX_UNANSWERED:
+            self._tell(f"the controller did not answer {_MAX_UNANSWERED} times; this node stops")
             self._stop(protocol.StopAll(1, signal.SIGTERM, 0.0, ""))
 
     def _on_join_timeout(self) -> None:

@@ -163,6 +163,7 @@ class Controller:
         self._is_fit_over = False
         self._world_size = 0
         self._now_ns = 0
+        self._ticked_ns = 0
         self._actions: list[Action] = []
 
     @property
@@ -203,6 +204,11 @@ class Controller:
     def tick(self, now_ns: int) -> list[Action]:
         """Look at what time alone decides."""
         self._now_ns = now_ns
+        was_away = now_ns - self._ticked_ns > NODE_SILENCE_S * 1e9 / 2
+        self._ticked_ns = now_ns
+        if was_away:  # this process did not run; messages of nodes are waiting to be read
+            for node in self._nodes.values():
+                node.last_seen_ns = now_ns
         if self.state in (JobState.RUNNING, JobState.RESTARTING):
             for node_rank, node in sorted(self._nodes.items()):
                 if now_ns - node.last_seen_ns > NODE_SILENCE_S * 1e9:

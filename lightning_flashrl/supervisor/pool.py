@@ -86,7 +86,7 @@ class StandbyPool:
     def start(self, environ: Mapping[str, str], when_settled: Callable[[], None]) -> None:
         """Start the standby; ``when_settled`` is called when it can fork, or when it is clear that it cannot."""
         self._environ = dict(environ)
-        if self._is_ready or self._size == 0:
+        if self._is_ready or self._size == 0 or not self._attempts:
             when_settled()
             return
         self._when_settled.append(when_settled)

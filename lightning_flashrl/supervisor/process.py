@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.util
 import os
 import signal
+import threading
 from dataclasses import dataclass
 
 from lightning_flashrl import clock
@@ -24,6 +26,27 @@ def _prctl(option: int, value: int) -> None:
 def become_subreaper(is_on: bool = True) -> None:
     """Make orphaned descendants children of this process, so that it can wait for them."""
     _prctl(_PR_SET_CHILD_SUBREAPER, int(is_on))
+
+
+def let_workers_die_with_rank() -> None:
+    """Make worker processes that ``multiprocessing`` forks from this process's main thread die with this process.
+
+    The kernel ties such a wish to the parent's *thread*; a worker of another thread would die when that thread ends.
+    """
+    main_thread = threading.get_ident()
+    rank_pid = os.getpid()
+    is_from_main = False
+
+    def before_fork() -> None:
+        nonlocal is_from_main
+        is_from_main = threading.get_ident() == main_thread
+
+    def in_worker(_: object) -> None:
+        if is_from_main and os.getppid() == rank_pid:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(before=before_fork)
+    multiprocessing.util.register_after_fork(_libc, in_worker)
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -140,8 +163,10 @@ def children() -> list[int]:
 
 
 def reap_strangers(known: set[int]) -> None:
-    """Collect one adopted child that has ended and is none of ``known``."""
+    """Collect adopted children that have ended, up to the first that is one of ``known``."""
     with contextlib.suppress(ChildProcessError):
-        result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if result is not None and result.si_pid not in known:
+        while True:
+            result = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if result is None or result.si_pid in known:
+                return
             os.waitpid(result.si_pid, os.WNOHANG)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.channel import rank_channel
-from lightning_flashrl.supervisor.process import die_with_parent
+from lightning_flashrl.supervisor.process import die_with_parent, let_workers_die_with_rank
 
 _OWN_FILES = (
     __file__,
@@ -48,6 +48,7 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
     sys.modules["__main__"] = main
     sys.argv[:] = argv
     sys.excepthook = _show_without_own_frames
+    let_workers_die_with_rank()
     try:
         code = _load_module(main, argv[0]) if is_module else _load_script(main, argv[0])
         exec(code, main.__dict__)

@@ -12,7 +12,7 @@ from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import KeyValueStore, Transport, run_abandonable
 
 _STORE_TIMEOUT_S = 60.0
-_COLLECTIVE_TIMEOUT_S = 120.0
+_PENDING_S = 0.3
 
 
 def check_transport(
@@ -27,9 +27,9 @@ def check_transport(
     """Check a transport; call it in ``size`` processes at once.
 
     Checked are: groups give right results; an abort by another thread ends pending collectives in every process and
-    leaves the process alive; groups can be made again, as often as needed; a connect that waits for a missing member can
-    be abandoned; errors of lost peers are told from wrong arguments. With one member nothing can be pending or missing,
-    and those parts are left out.
+    leaves the process alive; groups can be made again, as often as needed; a connect that waits for a missing member
+    can be abandoned; errors of lost peers are told from wrong arguments. With one member nothing can be pending or
+    missing, and those parts are left out.
 
     Args:
         make_transport: makes the transport of this process.
@@ -46,7 +46,7 @@ def check_transport(
     check.results(check.connect("first"))
     check.wrong_arguments(check.connect("arguments"))
     for attempt in range(2 if size > 1 else 0):
-        check.abort_of_pending(check.connect(f"busy{attempt}"), check.connect(f"idle{attempt}"))
+        check.abort_of_pending(check.connect(f"busy{attempt}"), check.connect(f"idle{attempt}"), f"pending{attempt}")
         check.results(check.connect(f"again{attempt}"))
     if size > 1:
         check.missing_member()
@@ -91,8 +91,9 @@ class _Check:
         abandoned = abandoned or threading.Event()
         store = self._store(prefix, abandoned)
         name = "0" if prefix.startswith("again") else prefix
+        timeout_s = 3 * self._limit_s
         return run_abandonable(
-            lambda: self.transport.connect(store, self._rank, self._size, _COLLECTIVE_TIMEOUT_S, name), abandoned, name
+            lambda: self.transport.connect(store, self._rank, self._size, timeout_s, name), abandoned, name
         )
 
     def _tensor(self, value: float) -> torch.Tensor:
@@ -132,30 +133,31 @@ class _Check:
             raise AssertionError("an allreduce of no tensor is accepted")
         self.results(group)
 
-    def abort_of_pending(self, busy: Any, idle: Any) -> None:
+    def _assemble(self, place: str) -> None:
+        """Return when every process is at ``place``."""
+        self._put(f"{place}/{self._rank}", b"1")
+        for member in range(self._size):
+            self._fetch(f"{place}/{member}", _STORE_TIMEOUT_S, threading.Event())
+
+    def abort_of_pending(self, busy: Any, idle: Any, place: str) -> None:
         """Two collectives that can never end do end when another thread aborts."""
         group = idle if self._rank == self._size - 1 else busy  # so each lacks a member
         work = group.allreduce([self._tensor(1)])
-        aborted_s: list[float] = []
-
-        def abort() -> None:
-            clock.sleep(0.2)
-            aborted_s.append(clock.now_s())
-            self.transport.abort()
-
-        thread = threading.Thread(target=abort, name="flashrl-check-abort")
-        thread.start()
+        self._assemble(place)
+        started_s = clock.now_s()
+        timer = threading.Timer(_PENDING_S, self.transport.abort)
+        timer.start()
         try:
             work.wait()
         except RuntimeError as error:
-            elapsed_s = clock.now_s() - aborted_s[0] if aborted_s else 0.0
-            _require(bool(aborted_s), f"a collective that lacks a member failed before the abort: {error}")
-            _require(elapsed_s < self._limit_s, f"the abort was felt after {elapsed_s:.1f} s, allowed are {self._limit_s}")
+            elapsed_s = clock.now_s() - started_s
+            _require(elapsed_s > _PENDING_S / 2, f"a collective that lacks a member failed before the abort: {error}")
+            _require(elapsed_s < _PENDING_S + self._limit_s, f"the abort was felt after {elapsed_s - _PENDING_S:.1f} s")
             _require(self.transport.is_peer_failure(error), f"is_peer_failure does not recognise an abort: {error}")
         else:
             raise AssertionError("a collective ended well although a member never took part")
         finally:
-            thread.join()
+            timer.join()
         self.transport.settle()
 
     def missing_member(self) -> None:
@@ -163,14 +165,14 @@ class _Check:
         if self._rank == self._size - 1:
             return
         abandoned = threading.Event()
-        timer = threading.Timer(0.2, abandoned.set)
+        timer = threading.Timer(_PENDING_S, abandoned.set)
         timer.start()
         started_s = clock.now_s()
         try:
             self.connect("missing", abandoned)
         except RuntimeError:
             elapsed_s = clock.now_s() - started_s
-            _require(elapsed_s < 0.2 + self._limit_s, f"an abandoned connect returned after {elapsed_s:.1f} s")
+            _require(elapsed_s < _PENDING_S + self._limit_s, f"an abandoned connect returned after {elapsed_s:.1f} s")
         else:
             raise AssertionError("a group was formed although a member never connected")
         finally:

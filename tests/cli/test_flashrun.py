@@ -21,8 +21,8 @@ from lightning_flashrl.errors import ConfigurationError
 
 def test_a_command_line_of_torchrun_is_understood() -> None:
     line = (
-        "--nnodes=1 --nproc_per_node=4 --max-restarts=3 --rdzv-id=7 --rdzv-backend=c10d --rdzv-endpoint=localhost:29400 "
-        "--monitor-interval 5 --log_dir logs --redirects 3 --tee 0:1 --role trainer --start-method spawn --standalone "
+        "--nnodes=1 --nproc_per_node=4 --max-restarts=3 --rdzv-id=7 --rdzv-backend=c10d --rdzv-endpoint=localhost:29400"
+        " --monitor-interval 5 --log_dir logs --redirects 3 --tee 0:1 --role trainer --start-method spawn --standalone "
         "train.py --lr 0.1 --log-dir theirs -m --hang x"
     )
     arguments = parse_arguments(line.split())

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 _MEMBER = Path(__file__).parent / "member.py"
-_TIMEOUT_S = 100
+_TIMEOUT_S = 40
 
 
 def run_members(check: str, size: int) -> None:
@@ -28,21 +28,19 @@ def run_members(check: str, size: int) -> None:
         )
         for rank in range(size)
     ]
-    failures: list[str] = []
-    try:
-        for rank, member in enumerate(members):
-            output, _ = member.communicate(timeout=_TIMEOUT_S)
-            if member.returncode:
-                failures.append(f"member {rank} ended with {member.returncode}:\n{output}")
-                break
-    except subprocess.TimeoutExpired:
-        failures.append(f"member {rank} did not end within {_TIMEOUT_S} s")
-    finally:
-        for rank, member in enumerate(members):
-            if member.poll() is None:
-                member.kill()
-                failures.append(f"member {rank}, killed:\n{member.communicate()[0]}")
-            assert member.stdout is not None
-            member.stdout.close()
+    outputs = [_output_of(member) for member in members]
+    failures = [
+        f"member {rank} ended with {member.returncode}:\n{output}"
+        for rank, (member, output) in enumerate(zip(members, outputs, strict=True))
+        if member.returncode
+    ]
     if failures:
         pytest.fail("\n".join(failures))
+
+
+def _output_of(member: subprocess.Popen[str]) -> str:
+    try:
+        return member.communicate(timeout=_TIMEOUT_S)[0]
+    except subprocess.TimeoutExpired:
+        member.kill()
+        return f"{member.communicate()[0]}\nstill running after {_TIMEOUT_S} s"

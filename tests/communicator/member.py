@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -210,4 +209,3 @@ if __name__ == "__main__":
     rendezvous.put(f"done/{rank}", b"1")
     for member in range(size):  # connections of a group stay open until all are done
         rendezvous.fetch(f"done/{member}", 60.0, threading.Event())
-    timedelta()

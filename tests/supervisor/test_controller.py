@@ -337,11 +337,20 @@ def test_a_signal_ends_the_job() -> None:
     assert (stop.exit_code, stop.signal_number, stop.grace_s) == (130, 2, 10.0)
 
 
+def test_a_controller_that_was_stopped_itself_blames_no_node() -> None:
+    bench = Bench()
+    bench.controller.tick(bench.now_ns)
+    assert bench.controller.tick(bench.now_ns + 100 * S) == []
+    assert bench.controller.tick(bench.now_ns + 101 * S) == []
+
+
 def test_a_silent_node_ends_the_job() -> None:
     bench = Bench()
-    bench.now_ns += 14 * S
-    bench.handle(0, protocol.AgentBeat())
-    assert bench.controller.tick(bench.now_ns) == []
-    assert "node 1 (host1) has been silent for 15 s" in told(bench.controller.tick(bench.now_ns + 2 * S))
+    bench.controller.tick(bench.now_ns)
+    for _ in range(3):
+        bench.now_ns += 5 * S - 10**6
+        bench.handle(0, protocol.AgentBeat())
+        assert bench.controller.tick(bench.now_ns) == []
+    assert "node 1 (host1) has been silent for 15 s" in told(bench.controller.tick(bench.now_ns + S))
     bench.handle(0, protocol.NodeIdle())
     assert bench.controller.state is JobState.DONE

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,7 +199,9 @@ def test_signals_end_the_job_and_everything_below_it(start, program: str, number
     assert job.leftovers() == []
 
 
-@pytest.mark.parametrize("program", [(PLAIN, "sleep"), (PLAIN, "deaf"), (FLASH, "--steps", "100000")])
+@pytest.mark.parametrize(
+    "program", [(PLAIN, "sleep"), (PLAIN, "deaf"), (PLAIN, "workers"), (FLASH, "--steps", "100000")]
+)
 def test_nothing_survives_flashrun_itself(start, program: tuple[str, ...]) -> None:
     job = start("--nproc-per-node", 2, *program)
     job.until("asleep|start", count=2)
@@ -238,8 +242,6 @@ def test_redirected_output_stays_off_the_terminal(start, tmp_path: Path) -> None
 # --------------------------------------------------------------------------- several nodes
 @pytest.fixture
 def port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -282,6 +284,37 @@ def test_nodes_without_a_number_are_numbered_as_they_come(start, expected_total,
     jobs.append(start(*common, FLASH))
     assert [job.wait() for job in jobs] == [0, 0]
     assert jobs[1].finals() == {1: expected_total(2, 20)}
+
+
+def test_strangers_do_not_disturb_a_job(start, expected_total, port: int) -> None:
+    jobs = two_nodes(start, port, FLASH, "--steps", 60, "--fault", "3:30:SIGKILL")
+    strangers = []
+    while jobs[0].process.poll() is None:
+        with contextlib.suppress(OSError):
+            strangers.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+            strangers[-1].sendall(os.urandom(500))
+        time.sleep(0.005)
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert len(strangers) > 50
+    assert jobs[1].finals() == dict.fromkeys((2, 3), expected_total(4, 60))
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_second_job_on_the_same_port_is_told_to_choose_another(start, port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):
+        job = start("--nnodes", 2, "--node-rank", 0, "--master-port", port, PLAIN, "sleep")
+        assert job.wait() == 2
+        assert "--master-port" in job.err
+
+
+def test_a_job_that_was_stopped_and_continued_goes_on(start) -> None:
+    job = start("--nproc-per-node", 1, FLASH, "--steps", 150)
+    job.until("start")
+    job.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.0)
+    job.process.send_signal(signal.SIGCONT)
+    assert job.wait() == 0
 
 
 def is_listening(port: int) -> bool:

@@ -66,7 +66,8 @@ def test_forked_ranks_have_imported_torch_and_share_no_randomness(start, tmp_pat
     program.write_text(
         "import os, random, sys, numpy, torch\n"
         "print(len(os.listdir('/proc/self/task')), random.random(), numpy.random.rand(), torch.rand(1).item(),\n"
-        "      torch.initial_seed(), torch.get_num_threads(), hash('x'), sys.modules['__main__'].__file__, flush=True)\n"
+        "      torch.initial_seed(), torch.get_num_threads(), hash('x'),\n"
+        "      sys.modules['__main__'].__file__, flush=True)\n"
     )
     job = start("--nproc-per-node", 3, program)
     assert job.wait() == 0

@@ -38,6 +38,13 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             print("asleep", flush=True)
             time.sleep(1000)
+        case "workers":
+            import multiprocessing
+
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+            worker.start()
+            print("asleep", flush=True)
+            worker.join()
         case "children":
             if os.fork() == 0:
                 time.sleep(1000)
