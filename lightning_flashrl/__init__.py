@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Any
 from lightning_flashrl._registration import register_strategies
 
 if TYPE_CHECKING:
+    from lightning_flashrl.callbacks import FlashRecovery
     from lightning_flashrl.strategies import FlashDDPStrategy
+    from lightning_flashrl.supervisor.pause import pause_hang_detection
+    from lightning_flashrl.testing.faults import FaultSchedule
+    from lightning_flashrl.types import Phase, StepTag
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FaultSchedule": "lightning_flashrl.testing.faults",
     "FlashDDPStrategy": "lightning_flashrl.strategies",
+    "FlashRecovery": "lightning_flashrl.callbacks",
+    "Phase": "lightning_flashrl.types",
+    "StepTag": "lightning_flashrl.types",
+    "pause_hang_detection": "lightning_flashrl.supervisor.pause",
 }
 
-__all__ = ["FlashDDPStrategy"]
+__all__ = ["FaultSchedule", "FlashDDPStrategy", "FlashRecovery", "Phase", "StepTag", "pause_hang_detection"]
 
 
 def __getattr__(name: str) -> Any:

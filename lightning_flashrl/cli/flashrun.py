@@ -36,13 +36,14 @@ import zmq
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.recovery.detector import DetectorSettings
 from lightning_flashrl.recovery.slot import RankSlot
-from lightning_flashrl.supervisor.agent import Agent, AgentSettings
+from lightning_flashrl.supervisor.agent import Agent
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.device_health import find_device_health
 from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.preload import core_modules, scan_program
+from lightning_flashrl.supervisor.seat import AgentSettings
 from lightning_flashrl.supervisor.security import JobKeys
 from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
 

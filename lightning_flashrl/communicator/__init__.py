@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lightning_flashrl import errors
 from lightning_flashrl.communicator.base import Transport
 from lightning_flashrl.communicator.gloo import GlooTransport
 from lightning_flashrl.communicator.hccl import HcclTransport
 from lightning_flashrl.communicator.nccl import NcclTransport
-from lightning_flashrl.errors import ConfigurationError
 
 __all__ = ["GlooTransport", "HcclTransport", "NcclTransport", "Transport", "make_transport"]
 
@@ -29,7 +29,7 @@ def make_transport(backend: str, device: torch.device | None = None) -> Transpor
         return NcclTransport(device)
     if backend == "hccl":
         return HcclTransport(device)
-    raise ConfigurationError(
+    raise errors.ConfigurationError(
         f"flash_ddp knows the backends gloo, nccl and hccl, not {backend!r}; "
         "set process_group_backend of FlashDDPStrategy to one of them"
     )

@@ -57,13 +57,11 @@ def import_torch_npu() -> Any:
     """
     try:
         return importlib.import_module("torch_npu")
-    except ModuleNotFoundError as error:
-        if error.name != "torch_npu":
-            raise
-        raise ConfigurationError(
-            "Ascend devices need torch_npu, which is not installed; run `pip install lightning-flashrl[npu]`"
-        ) from error
     except (ImportError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+            raise ConfigurationError(
+                "Ascend devices need torch_npu, which is not installed; run `pip install lightning-flashrl[npu]`"
+            ) from error
         raise ConfigurationError(
             f"torch_npu is installed but does not load: {error}; source the set_env.sh of the CANN toolkit first"
         ) from error

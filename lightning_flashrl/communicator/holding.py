@@ -251,6 +251,9 @@ class HoldingProcessGroup(ProcessGroup):
 
     def _deliver(self, call: Call, answer: list[torch.Tensor]) -> None:
         with torch.no_grad():
+            if not answer:
+                call.finished.set()  # nothing to write, or a donor's state will replace it
+                return
             for tensor, value in zip(flatten(call.collective.results), answer, strict=True):
                 tensor.copy_(value)
         call.finished.set()
@@ -658,7 +661,7 @@ class Communicator:
         recorded_name, results = recorded
         if recorded_name != name:
             raise ReplayMismatchError(group.next_seq, recorded_name, name)
-        return results
+        return results or []
 
 
 def make_default(communicator: Communicator, rank: int, world_size: int, connect: bool) -> HoldingProcessGroup:

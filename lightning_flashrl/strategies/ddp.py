@@ -84,7 +84,10 @@ class FlashDDPStrategy(DDPStrategy):
             if self.session is None or self.session.trainer is not trainer:
                 self.session = FitSession(trainer, runtime)
             install_loops(self.session, trainer.fit_loop, trainer.lightning_module)
-        super().setup(trainer)
+            super().setup(trainer)
+        else:
+            with runtime.communicator.unrecorded():  # rank 0 gives its parameters to all
+                super().setup(trainer)
         runtime.enter_phase(Phase.SETUP)
         if trainer.state.fn == TrainerFn.FITTING:
             self._gate_updates()

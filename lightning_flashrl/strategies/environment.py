@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -96,6 +97,17 @@ def _take_over_sigterm(trainer: Trainer) -> None:
     connector._sigterm_notifier_fn = note  # type: ignore[method-assign]
 
 
+def _with_fallback(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """After the loss of everything, ``fit`` resumes from the job's newest checkpoint."""
+    checkpoint = os.environ.get("FLASHRL_RESUME_CKPT")
+    names = list(inspect.signature(function).parameters)
+    if checkpoint is None or "ckpt_path" not in names or "train_dataloaders" not in names:
+        return args
+    replaced = list(args)
+    replaced[names.index("ckpt_path")] = checkpoint
+    return tuple(replaced)
+
+
 class FlashLauncher(_Launcher):
     """Runs the function in a rank; in a program that is no rank, starts ``flashrun`` on the same program.
 
@@ -125,7 +137,7 @@ class FlashLauncher(_Launcher):
         if FlashEnvironment.detect():
             if trainer is not None:
                 _take_over_sigterm(trainer)
-            return function(*args, **kwargs)
+            return function(*_with_fallback(function, args), **kwargs)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ConfigurationError(
                 "strategy='flash_ddp' was started by torchrun, which restarts every rank after a fault; "

@@ -18,12 +18,14 @@ all ranks to be ready), :meth:`RecoveryRuntime.enter` (a newcomer's entry into t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import pickle
 import queue
 import shutil
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -44,6 +46,7 @@ from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
 from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint, StepTag
 
+_FOREVER_S = 1e8
 _COMMIT_BUFFERS = (Region.COMMIT_A, Region.COMMIT_B)
 _MID_BUFFERS = (Region.MID_A, Region.MID_B)
 
@@ -138,7 +141,18 @@ class RecoveryRuntime:
         client.start(on_quorum_change=self._on_quorum_change, on_plan=self._on_plan, on_event=self._on_event)
         group = make_default(self.communicator, client.global_rank, client.world_size, connect=not self.is_newcomer)
         threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
+        atexit.register(self._leave_together)
         return group
+
+    def _leave_together(self) -> None:
+        """At the end of the program: a rank may be lost after its fit, and needs a donor then."""
+        if not self.is_training or sys.exc_info()[0] is not None or hasattr(sys, "last_exc") or hasattr(sys, "last_value"):
+            return
+        self.slot[Word.STATE] = RankState.FINISHED
+        with self.held(), contextlib.suppress(TimeoutError):
+            self.client.store_set(f"left/{self.client.global_rank}", b"1")
+            for rank in range(self.client.world_size):
+                self.client.store_get(f"left/{rank}", timeout_s=_FOREVER_S)
 
     def _note_waiting(self, waits: bool) -> None:
         if not waits:

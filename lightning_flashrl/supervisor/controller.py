@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from lightning_flashrl import clock, errors
@@ -34,9 +34,9 @@ from lightning_flashrl.errors import NoDonorError, RecoveryBudgetExhaustedError
 from lightning_flashrl.recovery.planner import plan_recovery
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.budget import DEFAULT_MAX_FAULTS, DEFAULT_WINDOW_S, FaultBudget
+from lightning_flashrl.supervisor.ongoing import OngoingRecovery, describe
 from lightning_flashrl.supervisor.protocol import Failure, LostRank, QuorumChange, RecoveryRecord
 from lightning_flashrl.supervisor.store import Store, Waiter
-from lightning_flashrl.types import RankReport, RecoveryPlan
 
 _SIGTERM = 15
 FAILURE_GRACE_S = 3.0
@@ -113,23 +113,6 @@ class _Node:
     first_rank: int = 0
 
 
-@dataclass(slots=True)
-class _Recovery:
-    """A recovery under way."""
-
-    lost: dict[int, LostRank]
-    began_ns: int
-    timings_ms: dict[str, float] = field(default_factory=dict)
-    plan: RecoveryPlan | None = None
-    reports: dict[int, RankReport] = field(default_factory=dict)
-    restored: set[int] = field(default_factory=set)
-    was_mourned: bool = False
-
-    def note(self, timings_ms: dict[str, float]) -> None:
-        for stage, duration_ms in timings_ms.items():
-            self.timings_ms[stage] = max(duration_ms, self.timings_ms.get(stage, 0.0))
-
-
 class Controller:
     """The deciding part.
 
@@ -155,7 +138,7 @@ class Controller:
         self._fallback: str | None = None
         self._newest_checkpoint: str | None = None
         self._resume_checkpoint: str | None = None
-        self._recovery: _Recovery | None = None
+        self._recovery: OngoingRecovery | None = None
         self._uses_flash = settings.uses_flash
         self._exited: set[int] = set()
         self._raised: set[int] = set()
@@ -218,9 +201,10 @@ class Controller:
                     )
                     break
         recovery = self._recovery
-        if recovery is not None and not recovery.was_mourned and now_ns - recovery.began_ns > SLOW_RECOVERY_S * 1e9:
-            recovery.was_mourned = True
-            self._tell_what_is_missing(recovery)
+        if recovery is not None and not recovery.is_overdue and now_ns - recovery.began_ns > SLOW_RECOVERY_S * 1e9:
+            recovery.is_overdue = True
+            missing = recovery.describe_missing(self._world_size)
+            self._tell(f"quorum {self.quorum_id}: still waiting after {SLOW_RECOVERY_S:g} s for {missing}")
         return self._take()
 
     # ------------------------------------------------------------------ joining
@@ -271,10 +255,10 @@ class Controller:
             return
         if not self._uses_flash:
             self._restart_plain(f"rank {lost.global_rank} {lost.reason}", failure.exit_code)
-        elif self._exited or (self._is_fit_over and failure.is_after_fit):
+        elif self._exited:
             self._without_donor(
-                f"rank {lost.global_rank} was lost after the fit had ended ({lost.reason}); what a script does after "
-                "fit is not recovered",
+                f"rank {lost.global_rank} was lost when other ranks had already left the program ({lost.reason}), so "
+                "nobody can give it state",
                 "resume from the newest checkpoint or run that part again",
             )
         else:
@@ -290,13 +274,15 @@ class Controller:
             return
         unrestored: dict[int, LostRank] = {}
         if self._recovery is not None:
-            unrestored = {r: who for r, who in self._recovery.lost.items() if r not in self._recovery.restored}
+            unrestored = self._recovery.unrestored()
             self._end_recovery(self._recovery, is_complete=False)
         self.quorum_id += 1
         unrestored[lost.global_rank] = lost
-        self._recovery = _Recovery(unrestored, self._now_ns, {"detect": detect_ms})
+        self._recovery = OngoingRecovery(self.quorum_id, unrestored, self._now_ns, {"detect": detect_ms})
+        if self._is_fit_over:  # the replacement gets to the end of its fit alone; the others are there
+            self._is_fit_over = False
+            self._finished.update(range(self._world_size))
         self._finished.discard(lost.global_rank)
-        self._is_fit_over = False
         self._store.drop_before(self.quorum_id)
         self._send(None, QuorumChange(self.quorum_id, tuple(unrestored.values())))
         self._tell(
@@ -312,7 +298,7 @@ class Controller:
         if len(recovery.reports) == self._world_size:
             self._plan(recovery)
 
-    def _plan(self, recovery: _Recovery) -> None:
+    def _plan(self, recovery: OngoingRecovery) -> None:
         recovery.note({"report": (self._now_ns - recovery.began_ns) / 1e6})
         began_ns = clock.now_ns()
         try:
@@ -334,31 +320,11 @@ class Controller:
             self._recovery = None
             self._end_recovery(recovery, is_complete=True)
 
-    def _end_recovery(self, recovery: _Recovery, *, is_complete: bool) -> None:
-        recovery.note({"total": (self._now_ns - recovery.began_ns) / 1e6})
-        plan = recovery.plan
-        record = RecoveryRecord(
-            quorum_id=self.quorum_id,
-            lost=tuple(sorted(recovery.lost)),
-            reasons={rank: lost.reason for rank, lost in sorted(recovery.lost.items())},
-            donors={} if plan is None else plan.donors,
-            plan_reason="" if plan is None else plan.reason,
-            timings_ms={stage: round(duration_ms, 3) for stage, duration_ms in recovery.timings_ms.items()},
-            is_complete=is_complete,
-            wall_s=clock.wall_s(),
-        )
+    def _end_recovery(self, recovery: OngoingRecovery, *, is_complete: bool) -> None:
+        record = recovery.record(self._now_ns, is_complete=is_complete)
         self._actions.append(Keep(record))
         self._send(None, record)
         self._tell(describe(record))
-
-    def _tell_what_is_missing(self, recovery: _Recovery) -> None:
-        done = recovery.reports.keys() if recovery.plan is None else recovery.restored
-        missing = [rank for rank in range(self._world_size) if rank not in done]
-        what = "report" if recovery.plan is None else "end of the restore"
-        self._tell(
-            f"quorum {self.quorum_id}: still waiting after {SLOW_RECOVERY_S:g} s for the {what} of "
-            f"rank(s) {', '.join(map(str, missing[:16]))}{' …' if len(missing) > 16 else ''}"
-        )
 
     def _without_donor(self, text: str, remedy: str) -> None:
         """In-place recovery is impossible: fall back to a checkpoint when the user wants that, else stop."""
@@ -451,6 +417,7 @@ class Controller:
                 if found is not None:
                     self._answer(waiter, found)
             case protocol.Finished():
+                self._is_fit_over = False
                 self._finished.add(global_rank)
                 if len(self._finished) == self._world_size:
                     self._finished.clear()
@@ -485,17 +452,3 @@ class Controller:
     def _take(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
-
-
-def describe(record: RecoveryRecord) -> str:
-    """Put a recovery into one line."""
-    who = ", ".join(map(str, record.lost))
-    if not record.is_complete:
-        return f"quorum {record.quorum_id} was overtaken by a further fault before rank(s) {who} were back"
-    stages = " · ".join(
-        f"{stage} {duration_ms:.0f}" for stage, duration_ms in record.timings_ms.items() if stage != "total"
-    )
-    total_ms = record.timings_ms["total"]
-    return (
-        f"rank(s) {who} back after {total_ms:.0f} ms (quorum {record.quorum_id}): {record.plan_reason} [ms: {stages}]"
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -231,6 +230,10 @@ class StandbyPool:
             self._loop.remove(candidate.channel.fileno())
             candidate.channel.close()
             if candidate.process is not None:
-                candidate.process.send_signal(signal.SIGKILL)
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
+                self._loop.remove(candidate.process.pidfd)
+                candidate.process.end()
+        if self._process is not None and self._control is not None:
+            self._loop.remove(self._process.pidfd)
+            self._loop.remove(self._control.fileno())
+            self._process.end()
+            self._control.close()

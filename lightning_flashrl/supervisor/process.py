@@ -124,6 +124,13 @@ class Process:
             self._status = ExitStatus(result.si_status, result.si_code != os.CLD_EXITED)
         return self._status
 
+    def end(self) -> None:
+        """Kill the process, wait for its end and close the descriptor."""
+        if self._status is None:
+            self.send_signal(signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+            self.poll()
+
     def is_stopped(self) -> bool:
         """Whether a signal has stopped the process."""
         return process_state(self.pid) == "T"

@@ -43,13 +43,11 @@ class Failure(msgspec.Struct, frozen=True):
     Attributes:
         lost: who, how and when.
         exit_code: as a shell shows it: 128 + signal number when a signal ended it.
-        is_after_fit: whether the rank had said that its fit was over.
         detect_ms: silence before the verdict for a hang, handling time for an exit.
     """
 
     lost: LostRank
     exit_code: int
-    is_after_fit: bool = False
     detect_ms: float = 0.0
 
 

@@ -30,7 +30,7 @@ from lightning_flashrl.supervisor.runner import redirect_output, run_program
 FORK = b"F"
 READY = b"R"
 NOT_FORKABLE = b"T"
-"""An import started a thread; a fork would lose it."""
+"""An import started a thread, or opened a device; a fork would lose the one and break the other."""
 
 
 def import_all(modules: list[str]) -> None:
@@ -43,6 +43,12 @@ def import_all(modules: list[str]) -> None:
 def num_threads() -> int:
     """Return how many threads the kernel sees in this process."""
     return len(os.listdir("/proc/self/task"))
+
+
+def has_open_device() -> bool:
+    """Whether torch has a device context in this process."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def look_fresh() -> None:
@@ -98,7 +104,7 @@ def main() -> None:
         sys.path[0] = os.environ["FLASHRL_PATH_ENTRY"]
     gc.disable()
     import_all(msgspec.json.decode(os.environ["FLASHRL_PRELOAD"], type=list[str]))
-    if num_threads() > 1:
+    if num_threads() > 1 or has_open_device():
         control.send(NOT_FORKABLE)
         return
     gc.collect()

@@ -19,6 +19,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parents[2]
 _CACHE_OF_TORCH = "torchinductor_"
 """torch makes this folder in every program that imports its compiler."""
+_FLASHRUN = ("-m", "lightning_flashrl.cli.flashrun")
 _MARKER = "FLASHRL_TEST_JOB"
 
 
@@ -92,11 +93,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start ``flashrun`` with some arguments; whatever is left of it at the end fails the test."""
     jobs: list[Job] = []
 
-    def start_job(*arguments: str | Path, cwd: Path = ROOT, **environ: str) -> Job:
+    def start_job(
+        *arguments: object, cwd: Path = ROOT, launcher: tuple[object, ...] = _FLASHRUN, **environ: str
+    ) -> Job:
         marker = uuid.uuid4().hex
         folder = tmp_path / f"job{len(jobs)}"
         (folder / "tmp").mkdir(parents=True)
-        command = [sys.executable, "-m", "lightning_flashrl.cli.flashrun", *map(str, arguments)]
+        command = [sys.executable, *map(str, launcher), *map(str, arguments)]
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
             process = subprocess.Popen(
                 command,

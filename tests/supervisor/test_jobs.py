@@ -63,6 +63,14 @@ def test_a_rank_may_set_the_hang_timeout(start) -> None:
     assert "limit 1.0 s" in job.err
 
 
+def test_a_rank_on_a_broken_device_is_replaced(start, expected_total) -> None:
+    launcher = (PROGRAMS / "flashrun_with_sick_device.py",)
+    job = start("--nproc-per-node", 2, FLASH, "--steps", 200, launcher=launcher)
+    assert job.wait() == 0
+    assert job.finals() == dict.fromkeys(range(2), expected_total(2, 200))
+    assert "rank 1 lost: device fault: fell off the bus" in job.err
+
+
 def test_all_but_one_die_at_once(start, expected_total) -> None:
     job = start("--nproc-per-node", 4, FLASH, *(f"--fault={rank}:9:SIGKILL" for rank in (0, 1, 3)))
     assert job.wait() == 0
@@ -158,10 +166,10 @@ def test_without_a_donor_the_job_falls_back_to_the_newest_checkpoint(start, expe
     assert job.finals() == dict.fromkeys(range(2), expected_total(2, 20))
 
 
-def test_a_death_after_the_fit_is_told_plainly(start) -> None:
+def test_a_death_when_others_have_left_is_told_plainly(start) -> None:
     job = start("--nproc-per-node", 2, FLASH, "--fault", "1:after:SIGKILL")
     assert job.wait() == 1
-    assert "lost after the fit had ended" in job.err
+    assert "other ranks had already left the program" in job.err
 
 
 # --------------------------------------------------------------------------- plain programs

@@ -1,0 +1,214 @@
+"""Draws a run: loss over time with the recoveries marked, the life of each rank, the stages of each recovery.
+
+Uses matplotlib's Agg canvas directly: no window, no global state, safe beside a user's own figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lightning_flashrl.report.records import STAGES, Recovery, Step, absences
+
+_INK = "#22303c"
+_FAINT = "#8a97a3"
+_GRID = "#e6eaee"
+_LOSS = "#1769aa"
+_FAULT = "#c62828"
+_RANKS = ("#3d7ea6", "#5c9a7c", "#8e7cc3", "#c08a4d", "#6b8e9e", "#a0728f", "#7f9656", "#9a7b66")
+_STAGE_COLORS = ("#c62828", "#ef9a3d", "#f2cf5b", "#7fb77e", "#3d7ea6")
+_MAX_BARS = 8
+_FONT = {"family": "DejaVu Sans", "color": _INK}
+
+
+def draw_timeline(
+    path: Path,
+    steps: Sequence[Step],
+    recoveries: Sequence[Recovery] = (),
+    *,
+    num_ranks: int,
+    title: str = "",
+    reference: Sequence[Step] = (),
+) -> None:
+    """Write a PNG.
+
+    Args:
+        path: of the picture.
+        steps: of the run.
+        recoveries: of the run.
+        num_ranks: of the job; each gets a lane.
+        title: above the picture.
+        reference: steps of a run without faults, drawn from the same start.
+
+    Raises:
+        ValueError: there is no step to draw.
+    """
+    if not steps:
+        raise ValueError("there is no step to draw; does the metrics file belong to a run that trained?")
+    shown = [recovery for recovery in recoveries if recovery.is_complete][-_MAX_BARS:]
+    heights = [3.4, 0.42 * num_ranks + 0.25]
+    if shown:
+        heights.append(0.42 * len(shown) + 0.35)
+    figure = Figure(figsize=(10.5, sum(heights) + 2.1), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.5})[:, 0]
+    figure.subplots_adjust(
+        left=0.085, right=0.975, top=1 - 0.95 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+    )
+    figure.suptitle(
+        title,
+        x=0.085,
+        y=1 - 0.22 / figure.get_figheight(),
+        ha="left",
+        va="top",
+        fontsize=13,
+        fontweight="bold",
+        color=_INK,
+    )
+    zero_s = steps[0].wall_s
+    end_s = max([steps[-1].wall_s, *(recovery.wall_s for recovery in recoveries)])
+    _draw_loss(axes[0], steps, recoveries, reference, zero_s)
+    _draw_ranks(axes[1], recoveries, num_ranks, zero_s, end_s)
+    for ax in axes[:2]:
+        ax.set_xlim(0, max(end_s - zero_s, 1e-3) * 1.01)
+    if shown:
+        _draw_stages(axes[2], shown)
+    figure.savefig(path)
+
+
+def _prepare(ax: Axes, heading: str) -> None:
+    ax.set_title(heading, loc="left", fontsize=9.5, color=_FAINT, pad=7)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(_FAINT)
+    ax.tick_params(colors=_FAINT, labelsize=8.5, length=0)
+    ax.set_axisbelow(True)
+    ax.set_facecolor("white")
+
+
+def _draw_loss(
+    ax: Axes, steps: Sequence[Step], recoveries: Sequence[Recovery], reference: Sequence[Step], zero_s: float
+) -> None:
+    _prepare(ax, "")
+    ax.grid(axis="y", color=_GRID)
+    if reference:
+        began_s = reference[0].wall_s
+        ax.plot(
+            [step.wall_s - began_s for step in reference],
+            [step.loss for step in reference],
+            color=_FAINT,
+            linewidth=1.0,
+            alpha=0.75,
+            label="the same training without faults",
+        )
+    ax.plot(
+        [step.wall_s - zero_s for step in steps],
+        [step.loss for step in steps],
+        color=_LOSS,
+        linewidth=1.4,
+        label="loss",
+    )
+    highest = max(step.loss for step in [*steps, *reference])
+    lowest = min(step.loss for step in [*steps, *reference])
+    room = max(highest - lowest, 1e-6)
+    ax.set_ylim(lowest - 0.05 * room, highest + 0.28 * room)
+    for recovery in recoveries:
+        began_s = recovery.began_s - zero_s
+        ax.axvspan(began_s, recovery.wall_s - zero_s, color=_FAULT, alpha=0.16, linewidth=0)
+        ax.axvline(began_s, color=_FAULT, linewidth=1.0)
+        if recovery.is_complete:
+            ranks = ", ".join(map(str, recovery.lost))
+            ax.annotate(
+                f"rank {ranks} {recovery.cause}\nback after {_duration(recovery.duration_ms)}",
+                xy=(began_s, highest + 0.26 * room),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="top",
+                fontsize=8.5,
+                color=_FAULT,
+                linespacing=1.35,
+            )
+    if reference:
+        ax.legend(loc="lower left", frameon=False, fontsize=8.5, labelcolor=_INK)
+    ax.set_ylabel("loss", fontsize=9, color=_INK)
+    ax.set_xticklabels([])
+
+
+def _draw_ranks(ax: Axes, recoveries: Sequence[Recovery], num_ranks: int, zero_s: float, end_s: float) -> None:
+    _prepare(ax, "processes of each rank")
+    for rank in range(num_ranks):
+        color = _RANKS[rank % len(_RANKS)]
+        began_s = zero_s
+        gaps = absences(recoveries, rank)
+        for number, (lost_s, back_s) in enumerate([*gaps, (end_s, end_s)]):
+            ax.barh(
+                rank,
+                lost_s - began_s,
+                left=began_s - zero_s,
+                height=0.52,
+                color=color,
+                alpha=0.85 if number % 2 == 0 else 0.55,
+            )
+            if gaps and lost_s - began_s > 0.07 * (end_s - zero_s):
+                ax.text(
+                    (began_s + lost_s) / 2 - zero_s,
+                    rank,
+                    f"process {number + 1}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white",
+                )
+            began_s = back_s
+        for lost_s, back_s in gaps:
+            ax.barh(rank, back_s - lost_s, left=lost_s - zero_s, height=0.52, color=_FAULT, alpha=0.16)
+            ax.plot(lost_s - zero_s, rank, marker="x", color=_FAULT, markersize=6, markeredgewidth=1.8)
+    ax.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)], color=_INK)
+    ax.set_ylim(num_ranks - 0.5, -0.5)
+    ax.set_xlabel("seconds since the first step", fontsize=9, color=_INK)
+
+
+def _draw_stages(ax: Axes, recoveries: Sequence[Recovery]) -> None:
+    _prepare(ax, "where the milliseconds of each recovery went")
+    longest = max(recovery.duration_ms for recovery in recoveries)
+    for row, recovery in enumerate(recoveries):
+        left = 0.0
+        for stage, color in zip(STAGES, _STAGE_COLORS, strict=True):
+            duration_ms = recovery.stages_ms()[stage]
+            ax.barh(row, duration_ms, left=left, height=0.52, color=color, label=stage if row == 0 else None)
+            if duration_ms > 0.045 * longest:
+                ink = "white" if stage in (STAGES[0], STAGES[-1]) else _INK
+                ax.text(
+                    left + duration_ms / 2, row, f"{duration_ms:.0f}", ha="center", va="center", fontsize=7.5, color=ink
+                )
+            left += duration_ms
+        donors = ", ".join(f"state from rank {donor}" for donor in sorted(set(recovery.donors.values())))
+        ax.text(left + 0.008 * longest, row, donors, va="center", fontsize=7.5, color=_FAINT)
+    ax.set_yticks(
+        range(len(recoveries)), ["rank " + ", ".join(map(str, found.lost)) for found in recoveries], color=_INK
+    )
+    ax.set_ylim(len(recoveries) - 0.5, -0.5)
+    ax.set_xlim(0, longest * 1.16)
+    ax.set_xlabel("ms", fontsize=9, color=_INK)
+    ax.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=len(STAGES),
+        frameon=False,
+        fontsize=8,
+        labelcolor=_INK,
+        handlelength=1.0,
+    )
+
+
+def _duration(duration_ms: float) -> str:
+    """Readable at a glance.
+
+    >>> _duration(766.2), _duration(1349.0)
+    ('766 ms', '1.3 s')
+    """
+    return f"{duration_ms:.0f} ms" if duration_ms < 1000 else f"{duration_ms / 1000:.1f} s"
