@@ -1,7 +1,7 @@
 """The systems that the benchmarks compare with, each in an environment of its own: their pins contradict each other.
 
-    python benchmarks/peers.py setup     make all environments that are missing
-    python benchmarks/peers.py           say what is there
+python benchmarks/peers.py setup     make all environments that are missing
+python benchmarks/peers.py           say what is there
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,9 +28,24 @@ def _factory(name: str) -> Callable[..., Any]:
     return make
 
 
+class _NpuOnDemand:
+    """Stands in Lightning's table until the accelerator is asked for: importing it needs all of Lightning."""
+
+    def __new__(cls) -> Any:
+        return importlib.import_module("lightning_flashrl.strategies.npu").NPUAccelerator()
+
+    @staticmethod
+    def is_available() -> bool:
+        if importlib.util.find_spec("torch_npu") is None:
+            return False
+        return bool(importlib.import_module("lightning_flashrl.strategies.npu").NPUAccelerator.is_available())
+
+
 def _register(module: ModuleType) -> None:
     for name, description in _NAMES.items():
         module.StrategyRegistry.register(name, _factory(name), description=description, override=True)
+    accelerators = importlib.import_module("lightning.pytorch.accelerators")
+    accelerators.AcceleratorRegistry.register("npu", _NpuOnDemand, description="Ascend devices", override=True)
 
 
 class _Watcher(importlib.abc.MetaPathFinder):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import Backend, Work
+from torch._C._distributed_c10d import Backend, Work
 
 Nested = Any
 """A tensor, a list of tensors or a list of lists of tensors."""

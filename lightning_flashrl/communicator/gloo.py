@@ -12,7 +12,7 @@ import socket
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend, ProcessGroupGloo
+from torch._C._distributed_c10d import Backend, ProcessGroupGloo
 
 from lightning_flashrl.communicator.base import Transport
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend, ProcessGroup, Work
+from torch._C._distributed_c10d import Backend, ProcessGroup, Work
 
 from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import KeyValueStore, Transport, run_abandonable
@@ -494,11 +494,11 @@ class Communicator:
             return
         self.quorum_id = quorum_id
         self._changed.set()
+        self.transport.abort()
         for group in list(self.groups.values()):
             with group.lock:
                 group.native = None
         self._changed = threading.Event()
-        self.transport.abort()
         with self._parked:
             self._parked.notify_all()
 

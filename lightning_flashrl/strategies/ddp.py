@@ -176,6 +176,6 @@ def _runtime_of_process(backend: str, device: torch.device, timeout: timedelta |
         client = RankClient.from_environ()
         assert client is not None
         seconds = (timeout or _COLLECTIVE_TIMEOUT).total_seconds()
-        _runtime = RecoveryRuntime(client, make_transport(backend), device, seconds)
+        _runtime = RecoveryRuntime(client, make_transport(backend, device), device, seconds)
         _runtime.start()
     return _runtime

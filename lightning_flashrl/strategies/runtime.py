@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend
 
 from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import Transport
@@ -115,7 +115,7 @@ class RecoveryRuntime:
             on_seq=self._note_seq,
         )
         self._published = self._read_published()
-        self.is_newcomer = client.incarnation > 0
+        self.is_newcomer = client.is_newcomer
         self._entry: Entry | None = None
         self._entry_ready = threading.Event()
         self._quorums: queue.SimpleQueue[QuorumChange] = queue.SimpleQueue()

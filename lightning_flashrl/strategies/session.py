@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
-from torch.distributed.distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flashrl.recovery.slot import Region

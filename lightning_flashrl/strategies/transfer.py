@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch.distributed.distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend
 
 from lightning_flashrl.errors import ConfigurationError
 
