@@ -97,7 +97,7 @@ class Launcher(ABC):
 
     def _lightning_job(self, strategy: str, *further: str) -> list[str]:
         size = self.size
-        command = [str(JOBS / "lightning_job.py"), "--log", str(size.folder), "--strategy", strategy]
+        command = [str(JOBS / "lightning_job.py"), "--folder", str(size.folder), "--strategy", strategy]
         return [*command, "--steps", str(size.num_steps), *further]
 
 
@@ -160,7 +160,7 @@ class Torchft(Launcher):
         self.processes = [self._start_group(group) for group in range(self.size.num_ranks)]
 
     def _start_group(self, group: int) -> subprocess.Popen[bytes]:
-        command = [str(peers.TORCHFT.python), str(JOBS / "torchft_replica.py"), "--log", str(self.size.folder)]
+        command = [str(peers.TORCHFT.python), str(JOBS / "torchft_replica.py"), "--folder", str(self.size.folder)]
         command += ["--group", str(group), "--groups", str(self.size.num_ranks), "--steps", str(self.size.num_steps)]
         return self._spawn([*command, *self.options], **self._environ)
 
@@ -193,7 +193,7 @@ class InProcess(Launcher):
         self.processes = [self._start_rank(rank) for rank in range(self.size.num_ranks)]
 
     def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
-        command = [str(peers.INPROCESS.python), str(JOBS / "inprocess_rank.py"), "--log", str(self.size.folder)]
+        command = [str(peers.INPROCESS.python), str(JOBS / "inprocess_rank.py"), "--folder", str(self.size.folder)]
         command += ["--port", str(self._port), "--steps", str(self.size.num_steps)]
         world_size = str(self.size.num_ranks)
         environ = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}

@@ -19,6 +19,7 @@ it, took more than 1.5 times its CPU time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -36,11 +37,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "jobs"))
 
-import contention  # noqa: E402
-import report  # noqa: E402
-from launchers import Flash, FlashCold, InProcess, JobSize, Launcher, StockDDP, Torchft, TorchftStock, Torchrun  # noqa: E402
-from report import Spread, show  # noqa: E402
-from step_log import Event, read_events  # noqa: E402
+import contention
+import report
+from launchers import Flash, FlashCold, InProcess, JobSize, Launcher, StockDDP, Torchft, TorchftStock, Torchrun
+from report import Spread, show
+from step_log import Event, read_events
 
 MAIN = (Flash, Torchrun, Torchft)
 SIDE = (FlashCold, TorchftStock, InProcess)
@@ -73,6 +74,7 @@ class Run:
         num_crashed: survivors that ended with an error.
         is_finished: whether the job came to its end, with how many ranks so ever.
         weights: digests of the final parameters.
+        problem: last line that a job which did not get to the kill, or to its end, has printed.
         stages_ms: flash_ddp's own account of the recovery.
         wall_over_cpu: of the fixed job, worst of before and after.
         foreign_cores: used by other programs meanwhile.
@@ -94,6 +96,7 @@ class Run:
     wall_over_cpu: float = 0.0
     foreign_cores: float = 0.0
     is_rejected: bool = False
+    problem: str = ""
 
 
 # --------------------------------------------------------------------------- running
@@ -131,6 +134,8 @@ def run_job(
     run.num_crashed = sum(p.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM) for p in job.processes)
     if killed is not None:
         measure(run, events, killed)
+    if killed is None and not run.weights:
+        run.problem = (job.output().strip().splitlines() or ["no output"])[-1]
     records = folder / "logs" / "recovery.jsonl"
     if records.exists():
         run.stages_ms = json.loads(records.read_text().splitlines()[0])["timings_ms"]
@@ -162,7 +167,7 @@ def _steps_of(events: list[Event], rank: int) -> list[Event]:
 
 def _step_ms(events: list[Event], rank: int) -> float:
     times_ns = [event.time_ns for event in _steps_of(events, rank)][-10:]
-    return statistics.median(b - a for a, b in zip(times_ns, times_ns[1:], strict=False)) / 1e6
+    return statistics.median(b - a for a, b in itertools.pairwise(times_ns)) / 1e6
 
 
 # --------------------------------------------------------------------------- measuring
@@ -222,11 +227,11 @@ def run_all(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, str]]:
 
 def _line(run: Run) -> str:
     if run.victim < 0:
-        return f"{run.system} × {run.num_ranks}, no kill: {run.weights}"
+        return f"{run.system} × {run.num_ranks}, no kill: {run.weights} {run.problem}"
     return (
-        f"{run.system} × {run.num_ranks}: first {run.first_commit_s} s, full {run.full_s} s, caught up {run.caught_up_s} s, "
-        f"{run.num_redone} redone, step {run.step_ms:.0f} ms, wall/cpu {run.wall_over_cpu}"
-        f"{', rejected' if run.is_rejected else ''}"
+        f"{run.system} × {run.num_ranks}: first commit {run.first_commit_s} s, full {run.full_s} s, "
+        f"caught up {run.caught_up_s} s, {run.num_redone} redone, step {run.step_ms:.0f} ms, "
+        f"wall/cpu {run.wall_over_cpu}{', rejected' if run.is_rejected else ''} {run.problem}"
     )
 
 

@@ -86,7 +86,9 @@ class NoDonorError(FatalError):
     def __str__(self) -> str:
         ranks = ", ".join(map(str, self.lost))
         if self.newest_checkpoint is None:
-            remedy = "no checkpoint was saved either; start again, or add ModelCheckpoint and FlashRecovery(fallback='last')"
+            remedy = (
+                "no checkpoint was saved either; start again, or add ModelCheckpoint and FlashRecovery(fallback='last')"
+            )
         else:
             remedy = (
                 f"resume from the newest checkpoint {self.newest_checkpoint} with trainer.fit(ckpt_path=...), "
@@ -108,8 +110,8 @@ class RecoveryBudgetExhaustedError(FatalError):
     def __str__(self) -> str:
         checkpoint = self.newest_checkpoint or "none was saved"
         return (
-            f"{self.num_faults} faults within {self.window_s:g} s, the budget is {self.max_faults}; look at the logs of "
-            f"the lost ranks, raise --max-restarts if the machine is that unreliable (newest checkpoint: {checkpoint})"
+            f"{self.num_faults} faults within {self.window_s:g} s, the budget is {self.max_faults}; look at the logs of the "
+            f"lost ranks, raise --max-restarts if the machine is that unreliable (newest checkpoint: {checkpoint})"
         )
 
 
@@ -139,8 +141,8 @@ class SnapshotTooLargeError(FatalError):
 
     def __str__(self) -> str:
         return (
-            f"the rank-local state has {self.size_bytes} bytes, its slot holds {self.capacity_bytes}; keep large tensors "
-            "in parameters or optimizer state, or raise FLASHRL_SLOT_MB"
+            f"the rank-local state has {self.size_bytes} bytes, its slot holds {self.capacity_bytes}; keep large "
+            "tensors in parameters or optimizer state, or raise FLASHRL_SLOT_MB"
         )
 
 

@@ -4,8 +4,6 @@ The package restarts the function; what it begins with is the user's affair. Her
 made as often as the job under torchrun writes a checkpoint.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import os
@@ -26,7 +24,7 @@ class Job:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._log = StepLog(arguments.log, int(os.environ["RANK"]))
+        self._log = StepLog(arguments.folder, int(os.environ["RANK"]))
         self._kept: tuple[int, Any, Any] | None = None
 
     def train(self, call: Any) -> None:
@@ -57,7 +55,7 @@ class Job:
 def main(arguments: argparse.Namespace) -> None:
     job = Job(arguments)
 
-    def run(call: inprocess.CallWrapper | None = None) -> None:
+    def run(call: inprocess.CallWrapper = None) -> None:
         job.train(call)
 
     store = {"host_name": LOOPBACK, "port": arguments.port}
@@ -66,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--log", required=True)
+    parser.add_argument("--folder", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--checkpoint-every", type=int, required=True)

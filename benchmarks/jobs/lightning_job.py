@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 import lightning_flashrl  # noqa: F401 - registers the strategy
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+_computed: list[int] = []
 
 
 class Job(L.LightningModule):
@@ -29,6 +30,7 @@ class Job(L.LightningModule):
         self.model = LanguageModel(shape)
 
     def training_step(self, samples: Tensor, index: int) -> Tensor:
+        _computed.append(index)
         return loss_of(self.model, samples)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -36,10 +38,16 @@ class Job(L.LightningModule):
 
 
 class Steps(Callback):
-    """Logs each update. The log is no attribute: what a callback keeps is part of what a replacement gets."""
+    """Logs each update that this process computed.
+
+    A replacement may only call the last hooks of a batch that its predecessor has committed. The log is no attribute:
+    what a callback keeps is part of what a replacement gets.
+    """
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        _log.write("step", trainer.global_step, WORLD_SIZE)
+        if _computed:
+            _computed.clear()
+            _log.write("step", trainer.global_step, WORLD_SIZE)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -47,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
     callbacks: list[Callback] = [Steps()]
     checkpoint = None
     if arguments.checkpoint_every:
-        folder = Path(arguments.log) / "checkpoints"
+        folder = Path(arguments.folder) / "checkpoints"
         kept = ModelCheckpoint(folder, every_n_train_steps=arguments.checkpoint_every, save_last="link", save_top_k=1)
         callbacks.append(kept)
         checkpoint = folder / "last.ckpt"
@@ -62,7 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
         enable_checkpointing=checkpoint is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=arguments.log,
+        default_root_dir=arguments.folder,
     )
     job = Job(shape)
     samples = Samples(shape, (arguments.steps + 1) * shape.batch_size * WORLD_SIZE)
@@ -73,13 +81,13 @@ def main(arguments: argparse.Namespace) -> None:
         step_profile.install()
     trainer.fit(job, DataLoader(samples, batch_size=shape.batch_size), ckpt_path=resumed, weights_only=False)
     if arguments.profile:
-        step_profile.save(Path(arguments.log) / f"profile{RANK}.json")
+        step_profile.save(Path(arguments.folder) / f"profile{RANK}.json")
     _log.write("end", trainer.global_step, WORLD_SIZE, hash_of(job.model))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--log", required=True, help="folder of the job")
+    parser.add_argument("--folder", required=True, help="folder of the job")
     parser.add_argument("--strategy", choices=["flash_ddp", "ddp"], required=True)
     parser.add_argument("--shape", choices=list(SHAPES), default="recovery")
     parser.add_argument("--steps", type=int, required=True)
@@ -89,5 +97,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    _log = StepLog(given.log, RANK)
+    _log = StepLog(given.folder, RANK)
     main(given)

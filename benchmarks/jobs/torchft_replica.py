@@ -1,7 +1,5 @@
 """The benchmark job under torchft: one replica group of one rank. Runs in torchft's own environment."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import socket
@@ -21,7 +19,7 @@ class RepairedDDP(DistributedDataParallel):
     """torchft 0.2.0 asserts ``fut._fut`` in its hook, which a failed all-reduce has not set; this does not."""
 
     @staticmethod
-    def _comm_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Any]:
+    def _comm_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         work = state.allreduce(bucket.buffer())
         work.wait()
         native = getattr(work.get_future(), "_fut", None)
@@ -33,7 +31,7 @@ class RepairedDDP(DistributedDataParallel):
 
 def main(arguments: argparse.Namespace) -> None:
     group, world_size = arguments.group, arguments.groups
-    log = StepLog(arguments.log, group)
+    log = StepLog(arguments.folder, group)
     shape = SHAPES["recovery"]
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     model = LanguageModel(shape)
@@ -73,7 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--log", required=True)
+    parser.add_argument("--folder", required=True)
     parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--groups", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)

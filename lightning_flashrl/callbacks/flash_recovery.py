@@ -28,8 +28,8 @@ class FlashRecovery(Callback):
     - ``on_recovery_end(trainer, pl_module, record)``: called by the program after its next batch; ``record`` is the
       recovery report (who, why, donor, milliseconds of each stage).
 
-    Each report is also a line of ``recovery.jsonl`` in the Trainer's log directory and, as ``recovery/<stage>_ms``, goes
-    to its loggers. A CSVLogger is left out: its columns stay those of a run without faults.
+    Each report is also a line of ``recovery.jsonl`` in the Trainer's log directory and, as ``recovery/<stage>_ms``,
+    goes to its loggers. A CSVLogger is left out: its columns stay those of a run without faults.
 
     Args:
         max_faults: end the job with :class:`~lightning_flashrl.errors.RecoveryBudgetExhaustedError` when more than this
@@ -53,7 +53,9 @@ class FlashRecovery(Callback):
         hang_timeout_s: float | None = None,
     ) -> None:
         if max_faults is not None and max_faults < 0:
-            raise ConfigurationError(f"FlashRecovery(max_faults={max_faults}) must not be negative; 0 bears no fault at all")
+            raise ConfigurationError(
+                f"FlashRecovery(max_faults={max_faults}) must not be negative; 0 bears no fault at all"
+            )
         for name, value in (("window_s", window_s), ("hang_timeout_s", hang_timeout_s)):
             if value is not None and value <= 0:
                 raise ConfigurationError(f"FlashRecovery({name}={value}) must be a positive number of seconds")
@@ -68,7 +70,10 @@ class FlashRecovery(Callback):
         """Hand the policy to the controller."""
         runtime = self._runtime(trainer)
         runtime.client.set_policy(
-            max_faults=self.max_faults, window_s=self.window_s, fallback=self.fallback, hang_timeout_s=self.hang_timeout_s
+            max_faults=self.max_faults,
+            window_s=self.window_s,
+            fallback=self.fallback,
+            hang_timeout_s=self.hang_timeout_s,
         )
         runtime.on_recovery_start = lambda change: self._announce(trainer, change)
 

@@ -1,8 +1,8 @@
 """``make demo``: a training that is killed and hung on the way ends in the same bits as one that is left alone.
 
 Trains a small GPT on the standard library's sources with three ranks (``demo_train.py``, an ordinary Lightning
-program). On the way it kills a rank with SIGKILL, freezes another with SIGSTOP and kills rank 0, by process number, from
-outside. Then it trains the same again, undisturbed, and compares weights, optimizer state and random states.
+program). On the way it kills a rank with SIGKILL, freezes another with SIGSTOP and kills rank 0, by process number,
+from outside. Then it trains the same again, undisturbed, and compares weights, optimizer state and random states.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ import os
 import socket
 from datetime import timedelta
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import Backend, ProcessGroupGloo
+from torch._C._distributed_c10d import Backend, ProcessGroupGloo, Store
 
 from lightning_flashrl.communicator.base import Transport
 
@@ -65,8 +64,9 @@ class GlooTransport(Transport):
         self._own_ports: set[int] = {port for port in ports if port}
         self._peer_ports: dict[str, set[int]] = {}
 
-    def connect(self, store: dist.Store, rank: int, size: int, timeout_s: float, name: str) -> Backend:
-        options = ProcessGroupGloo._Options()
+    def connect(self, store: Store, rank: int, size: int, timeout_s: float, name: str) -> Backend:
+        """Form a native group; see :meth:`Transport.connect`. Members tell each other their ports first."""
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [self._device]
         options._threads = 2
         options._timeout = _CONNECT_TIMEOUT
@@ -78,6 +78,7 @@ class GlooTransport(Transport):
         return group
 
     def abort(self) -> None:
+        """Shut the connected sockets of all groups, never the listener."""
         peer_ports = set().union(*self._peer_ports.values())
         for fd in _open_sockets():
             try:

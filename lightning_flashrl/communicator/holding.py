@@ -8,9 +8,10 @@ This file owns no loop; it is called by three kinds of threads:
 | native group's own threads | nothing                               |                                               |
 | recovery thread            | all members, then redone collectives  | members arriving, or the next quorum          |
 
-Collectives of a group are numbered in program order. Each keeps its inputs until :meth:`Communicator.truncate`, which the
-training loop calls when every rank has published a later resume point. When a member is lost, calls that had not
-finished stay pending; :meth:`Communicator.rebuild` forms new native groups and issues again what newcomers missed.
+Collectives of a group are numbered in program order. Each keeps its inputs until :meth:`Communicator.truncate`, which
+the training loop calls when every rank has published a later resume point. When a member is lost, calls that had not
+finished stay pending; :meth:`Communicator.reconnect` forms new native groups and :meth:`Communicator.redo` issues again
+what newcomers missed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Backend, ProcessGroup, Work
 
-from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import KeyValueStore, Transport, run_abandonable
 from lightning_flashrl.communicator.collectives import BufferPool, Collective, flatten
 from lightning_flashrl.errors import RankLostError, ReplayMismatchError
@@ -298,7 +298,7 @@ class HoldingProcessGroup(ProcessGroup):
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
         return self._start(Collective("allgather", outputs, inputs, _given(opts), is_in_place=False))
 
-    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> HoldingWork:  # noqa: A002
+    def _allgather_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> HoldingWork:
         return self._start(Collective("_allgather_base", output, input, _given(opts), is_in_place=False))
 
     all_gather_single = _allgather_base
@@ -312,7 +312,7 @@ class HoldingProcessGroup(ProcessGroup):
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
         return self._start(Collective("reduce_scatter", outputs, inputs, _given(opts), is_in_place=False))
 
-    def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> HoldingWork:  # noqa: A002
+    def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> HoldingWork:
         return self._start(Collective("_reduce_scatter_base", output, input, _given(opts), is_in_place=False))
 
     reduce_scatter_single = _reduce_scatter_base
@@ -321,7 +321,7 @@ class HoldingProcessGroup(ProcessGroup):
         return self._start(Collective("alltoall", outputs, inputs, _given(opts), is_in_place=False))
 
     def alltoall_base(  # noqa: D102
-        self, output: torch.Tensor, input: torch.Tensor, output_splits: Any, input_splits: Any, opts: Any = None  # noqa: A002
+        self, output: torch.Tensor, input: torch.Tensor, output_splits: Any, input_splits: Any, opts: Any = None
     ) -> HoldingWork:
         options = (output_splits, input_splits, *_given(opts))
         return self._start(Collective("alltoall_base", output, input, options, is_in_place=False))

@@ -86,7 +86,9 @@ class Fault:
             if unknown:
                 raise ConfigurationError(f"fault {text!r}: unknown setting {sorted(unknown)[0]!r}; {usage}")
             phase = Phase[settings.get("phase", "forward").upper()]
-            return cls(int(settings["rank"]), StepTag(int(settings["step"]), phase), how, int(settings.get("count", "1")))
+            return cls(
+                int(settings["rank"]), StepTag(int(settings["step"]), phase), how, int(settings.get("count", "1"))
+            )
         except (KeyError, IndexError, ValueError) as error:
             if isinstance(error, ConfigurationError):
                 raise

@@ -31,7 +31,9 @@ def _minimum(positions: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return lowest
 
 
-def plan_recovery(quorum_id: int, reports: Mapping[int, RankReport], newest_checkpoint: str | None = None) -> RecoveryPlan:
+def plan_recovery(
+    quorum_id: int, reports: Mapping[int, RankReport], newest_checkpoint: str | None = None
+) -> RecoveryPlan:
     """Decide where each newcomer enters, who gives it state and which collectives are issued again.
 
     Args:
@@ -59,7 +61,11 @@ def plan_recovery(quorum_id: int, reports: Mapping[int, RankReport], newest_chec
     newcomers = [r for r in ordered if r.is_newcomer]
     if not newcomers:
         return RecoveryPlan(
-            quorum_id, _minimum(r.first_incomplete for r in survivors), {}, {}, "nobody was replaced; pending collectives are redone"
+            quorum_id,
+            _minimum(r.first_incomplete for r in survivors),
+            {},
+            {},
+            "nobody was replaced; pending collectives are redone",
         )
     if all(not r.resume_points for r in newcomers):
         redo = _minimum([*(r.first_incomplete for r in survivors), *(r.journaled for r in newcomers)])
@@ -68,7 +74,11 @@ def plan_recovery(quorum_id: int, reports: Mapping[int, RankReport], newest_chec
         if began:
             raise NoDonorError(tuple(r.global_rank for r in newcomers), newest_checkpoint)
         return RecoveryPlan(
-            quorum_id, redo, {r.global_rank: None for r in newcomers}, {}, f"rank(s) {lost} died before training and start anew"
+            quorum_id,
+            redo,
+            {r.global_rank: None for r in newcomers},
+            {},
+            f"rank(s) {lost} died before training and start anew",
         )
     if not survivors:
         raise NoDonorError(tuple(sorted(reports)), newest_checkpoint)

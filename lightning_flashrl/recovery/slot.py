@@ -16,12 +16,11 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
 
 from lightning_flashrl import clock
 from lightning_flashrl.errors import SnapshotTooLargeError
 
-Buffer = Union[bytes, bytearray, memoryview]
+Buffer = bytes | bytearray | memoryview
 
 _HEADER_BYTES = mmap.PAGESIZE
 _PREFIX = struct.Struct("<QQ")

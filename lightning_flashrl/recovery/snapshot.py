@@ -1,8 +1,8 @@
 """What a rank must keep per step so that it can be reborn: its random states and the plain state of known objects.
 
 Replicated tensors (parameters, optimizer state) are not here: every other rank has them. What is here is what no other
-rank has: random number generators, loop counters, partial metrics, and whatever the user's modules and callbacks keep in
-attributes. A :class:`Freezer` writes the attributes of known objects as one pickle, in which known objects and large
+rank has: random number generators, loop counters, partial metrics, and whatever the user's modules and callbacks keep
+in attributes. A :class:`Freezer` writes the attributes of known objects as one pickle, in which known objects and large
 tensors appear by name. The bytes never leave the memory of this host.
 """
 
@@ -179,7 +179,14 @@ class Freezer:
             self.name(error.tensor, name)
             self.large[name] = error.tensor
             return self._may_keep(watched, key, value)
-        except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+        except (
+            pickle.PicklingError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             watched.refused[key] = f"cannot be pickled ({error})"
         else:
             if size <= self._limit:
@@ -229,10 +236,10 @@ class Freezer:
 
         _thawing.append(resolve)
         try:
-            states, extra = pickle.loads(content)  # noqa: S301 - our own memory, never the network
+            states, extra = pickle.loads(content)  # our own memory, never the network
         finally:
             _thawing.pop()
-        for (name, keys), values in zip(pickle.loads(schema), states, strict=True):  # noqa: S301
+        for (name, keys), values in zip(pickle.loads(schema), states, strict=True):
             target = self._objects.get(name)
             if target is None:
                 continue

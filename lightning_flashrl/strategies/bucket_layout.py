@@ -1,8 +1,9 @@
 """The gradient buckets of DDP: a newcomer must reduce in the survivors' layout, or the last bit differs.
 
 DDP starts with buckets in parameter order and rebuilds them after the first backward in the order in which gradients
-arrived. Ring all-reduce adds in an order that depends on an element's place in its bucket. Survivors keep their reducer;
-a newcomer's reducer is led through its rebuild once, alone, and told the survivors' layout where it would ask rank 0.
+arrived. Ring all-reduce adds in an order that depends on an element's place in its bucket. Survivors keep their
+reducer; a newcomer's reducer is led through its rebuild once, alone, and told the survivors' layout where it would ask
+rank 0.
 """
 
 from __future__ import annotations
@@ -66,4 +67,6 @@ def adopt_layout(ddp: DistributedDataParallel, layout: str, ready_order: str) ->
         if layout:
             ddp.reducer._rebuild_buckets()
     if layout and read_layout(ddp)[0] != layout:
-        raise ConfigurationError("the replacement's model has other gradient buckets; build the same model at every start")
+        raise ConfigurationError(
+            "the replacement's model has other gradient buckets; build the same model at every start"
+        )

@@ -33,9 +33,9 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class FlashDDPStrategy(DDPStrategy):
     """Data-parallel training that goes on, exactly, when ranks die.
 
-    A LightningModule that trains under ``ddp`` trains under ``flash_ddp``. Survivors of a fault stay inside ``fit``; the
-    dead rank's replacement takes parameters and optimizer state from a survivor, its own random states, counters and
-    data position from shared memory that outlived it, and the interrupted step is completed.
+    A LightningModule that trains under ``ddp`` trains under ``flash_ddp``. Survivors of a fault stay inside ``fit``;
+    the dead rank's replacement takes parameters and optimizer state from a survivor, its own random states, counters
+    and data position from shared memory that outlived it, and the interrupted step is completed.
 
     Args:
         standby: processes kept imported ahead of need by a program that starts its own ranks (``python train.py``).
@@ -63,9 +63,12 @@ class FlashDDPStrategy(DDPStrategy):
     # ------------------------------------------------------------------ processes and groups
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._launcher = FlashLauncher(self.num_processes, self.num_nodes, self._launcher_options, self.cluster_environment)
+        self._launcher = FlashLauncher(
+            self.num_processes, self.num_nodes, self._launcher_options, self.cluster_environment
+        )
 
     def setup_distributed(self) -> None:
+        """Connect to the supervisor and install the process groups that hold."""
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
@@ -78,11 +81,11 @@ class FlashDDPStrategy(DDPStrategy):
         return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
 
     def setup(self, trainer: Trainer) -> None:
+        """Put the loops with doors in the place of the trainer's own, then set up as DDP does."""
         runtime = self.runtime
         assert runtime is not None
         if trainer.state.fn == TrainerFn.FITTING:
-            if self.session is None or self.session.trainer is not trainer:
-                self.session = FitSession(trainer, runtime)
+            self.session = FitSession(trainer, runtime)
             install_loops(self.session, trainer.fit_loop, trainer.lightning_module)
             super().setup(trainer)
         else:
@@ -124,6 +127,7 @@ class FlashDDPStrategy(DDPStrategy):
         model: LightningModule | Module | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Run the closure and the update, and count the update."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.session is not None
         self.session.committed()
@@ -136,14 +140,17 @@ class FlashDDPStrategy(DDPStrategy):
         yield
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass of a training batch."""
         with self._phase(Phase.FORWARD):
             return super().training_step(*args, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Backward pass, in which gradients are reduced."""
         with self._phase(Phase.BACKWARD):
             return super().backward(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A validation batch, of the sanity check or of training."""
         assert self.lightning_module is not None
         is_sanity_check = self.lightning_module.trainer.sanity_checking
         if self.session is not None and not is_sanity_check:
@@ -152,11 +159,13 @@ class FlashDDPStrategy(DDPStrategy):
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A test batch."""
         with self._phase(Phase.VALIDATION):
             return super().test_step(*args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save; the file is noted first, so that a replacement of the writer does not leave two."""
         assert self.runtime is not None
         with self._phase(Phase.CHECKPOINT):
             if self.is_global_zero:

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import __main__
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
+import __main__
 from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.strategies.runtime import RecoveryRuntime
 from lightning_flashrl.supervisor.client import RankClient
 
 
@@ -97,6 +98,23 @@ def _take_over_sigterm(trainer: Trainer) -> None:
     connector._sigterm_notifier_fn = note  # type: ignore[method-assign]
 
 
+_fits_begun = 0
+
+
+def _is_past(function: Callable[..., Any]) -> bool:
+    """In a replacement: whether the lost rank had ended this fit, and begun to train in a later one."""
+    global _fits_begun
+    client = RankClient.from_environ()
+    assert client is not None
+    index = _fits_begun
+    if "train_dataloaders" in inspect.signature(function).parameters:
+        _fits_begun += 1
+    if not client.is_newcomer:
+        return False
+    published = RecoveryRuntime.read_published(client.slot)
+    return bool(published) and index < int(published[0].facts["fit"])
+
+
 def _with_fallback(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     """After the loss of everything, ``fit`` resumes from the job's newest checkpoint."""
     checkpoint = os.environ.get("FLASHRL_RESUME_CKPT")
@@ -137,6 +155,8 @@ class FlashLauncher(_Launcher):
         if FlashEnvironment.detect():
             if trainer is not None:
                 _take_over_sigterm(trainer)
+            if _is_past(function):
+                return None
             return function(*_with_fallback(function, args), **kwargs)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ConfigurationError(
@@ -168,7 +188,8 @@ class FlashLauncher(_Launcher):
         """Start ``flashrun`` in this process's place and return its exit code; signals are passed on."""
         self._child = subprocess.Popen(self._command())
         previous = {
-            number: signal.signal(number, lambda signum, _: self.kill(signum)) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, lambda signum, _: self.kill(signum))
+            for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
             return self._child.wait()

@@ -29,6 +29,7 @@ class FlashAutomaticOptimization(_AutomaticOptimization):
     session: FitSession
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        """Compute and apply the batch's update, unless it is committed already."""
         if self.session.is_entering_after_commit:
             return self.session.end_entry_after_commit()
         return super().run(optimizer, batch_idx, kwargs)
@@ -44,6 +45,7 @@ class FlashTrainingEpochLoop(_TrainingEpochLoop):
     session: FitSession
 
     def run(self, data_fetcher: _DataFetcher) -> None:
+        """Lightning's loop over batches, entered at its beginning or at a resume point."""
         session = self.session
         kind = session.begin_epoch(self, data_fetcher)
         if kind is None:
@@ -65,6 +67,7 @@ class FlashTrainingEpochLoop(_TrainingEpochLoop):
                 self.on_iteration_done()
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        """Remember the random states from which the epoch's iterator is made."""
         trainer = self.trainer
         if trainer.current_epoch > 0 and not trainer.fit_loop.is_resuming and not self.restarting:
             self.session.position.begin_iterator(
@@ -91,10 +94,12 @@ class FlashFitLoop(_FitLoop):
         self.session.position.begin_iterator(self.epoch_progress.current.processed, self._combined_loader.flattened)
 
     def on_advance_end(self) -> None:
+        """The epoch's own hooks follow."""
         self.session.runtime.enter_phase(Phase.EPOCH_END)
         super().on_advance_end()
 
     def on_run_end(self) -> None:
+        """Leave only when the fit of every rank is over."""
         self.session.runtime.enter_phase(Phase.FIT_END)
         super().on_run_end()
         self.session.runtime.finish_fit()

@@ -34,7 +34,13 @@ log = logging.getLogger(__name__)
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _LIGHTNING_INTERNALS = frozenset(
     {"_trainer", "_fabric", "_fabric_optimizers", "_log_hyperparams", "_jit_is_scripting", "_compiler_ctx", "_hparams"}
-    | {"_hparams_initial", "_hparams_name", "_device_mesh", "_metric_attributes", "_should_prevent_trainer_and_dataloaders_deepcopy"}
+    | {
+        "_hparams_initial",
+        "_hparams_name",
+        "_device_mesh",
+        "_metric_attributes",
+        "_should_prevent_trainer_and_dataloaders_deepcopy",
+    }
 )
 _METRIC_INTERNALS = frozenset(
     {"update", "compute", "_update_signature", "_defaults", "_persistent", "_reductions", "_device", "_dtype", "_cache"}
@@ -56,10 +62,16 @@ def _rebuild_result(meta: Any, is_tensor: bool, state: dict[str, Any]) -> _Resul
 
 def _reduce_result(result: _ResultMetric) -> Any:
     attributes = vars(result)
-    return _rebuild_result, (result.meta, result.is_tensor, {k: attributes[k] for k in _RESULT_FIELDS if k in attributes})
+    return _rebuild_result, (
+        result.meta,
+        result.is_tensor,
+        {k: attributes[k] for k in _RESULT_FIELDS if k in attributes},
+    )
 
 
-def _rebuild_collection(training: bool, items: dict[str, Any], batch_size: int | None, index: int | None) -> _ResultCollection:
+def _rebuild_collection(
+    training: bool, items: dict[str, Any], batch_size: int | None, index: int | None
+) -> _ResultCollection:
     collection = _ResultCollection(training)
     collection.update(items)
     collection.batch_size = batch_size
@@ -163,7 +175,8 @@ class LocalState:
             "rng": capture_rng(self._device),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "groups": [
-                [{**group, "params": list(group["params"])} for group in optimizer.param_groups] for optimizer in trainer.optimizers
+                [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+                for optimizer in trainer.optimizers
             ],
             "requires_grad": [parameter.requires_grad for parameter in self._parameters.values()],
             "buffers": {name: tensor.detach().clone() for name, tensor in self._buffers.changed().items()},

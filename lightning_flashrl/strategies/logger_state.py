@@ -43,7 +43,7 @@ def keep_versions(trainer: Trainer, runtime: RecoveryRuntime) -> None:
         return
     noted = runtime.slot.read(Region.STATIC)
     if noted is not None:
-        _adopt_versions(trainer, pickle.loads(noted))  # noqa: S301 - our own memory
+        _adopt_versions(trainer, pickle.loads(noted))
         return
     states = [{"version": logger.version if hasattr(logger, "_version") else None} for logger in trainer.loggers]
     runtime.slot.write(Region.STATIC, [pickle.dumps(states, protocol=5)])

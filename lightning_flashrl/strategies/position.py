@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.fetchers import _DataFetcher
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
@@ -68,7 +75,7 @@ class DataPosition:
 
     @staticmethod
     def _skip_samples(fetcher: _DataFetcher, count: int) -> bool:
-        """Step the samplers of plain loaders over ``count`` batches without loading them; false if that is not exact."""
+        """Step the samplers of plain loaders over ``count`` batches, loading none; false if that is not exact."""
         combined = fetcher.combined_loader
         iterator = combined._iterator
         if fetcher.length is None or combined._mode != "max_size_cycle" or iterator is None:

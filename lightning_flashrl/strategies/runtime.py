@@ -11,8 +11,8 @@ Owns one loop, the recovery thread:
 | giving (donor)      | its own update to end; the newcomer         | the program; the newcomer's receive            |
 | redoing             | collectives issued again                    | the newcomer taking part                       |
 
-The program's thread meets it in four places: a collective (it holds there), :meth:`RecoveryRuntime.commit` (it waits for
-all ranks to be ready), :meth:`RecoveryRuntime.enter` (a newcomer's entry into training) and
+The program's thread meets it in four places: a collective (it holds there), :meth:`RecoveryRuntime.await_commit` (it
+waits for all ranks to be ready), :meth:`RecoveryRuntime.enter` (a newcomer's entry into training) and
 :meth:`RecoveryRuntime.finish_fit` (all ranks leave together).
 """
 
@@ -40,7 +40,7 @@ from lightning_flashrl.communicator.base import Transport
 from lightning_flashrl.communicator.holding import Communicator, HoldingProcessGroup, make_default
 from lightning_flashrl.errors import NoDonorError
 from lightning_flashrl.recovery.faults import Fault, FaultTrigger
-from lightning_flashrl.recovery.slot import RankState, Region, Word
+from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
 from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
@@ -97,6 +97,10 @@ class RecoveryRuntime:
         self.version = 0
         """Optimizer updates contained in this rank's parameters and optimizer state."""
         self.ordinal = 0
+        self.num_fits = 0
+        """Fits that this program has ended."""
+        self.section: dict[str, int] = {}
+        """Collectives issued before the set-up of the current fit began."""
         self.global_step = 0
         self.is_training = False
         self.stop_version: int | None = None
@@ -114,7 +118,7 @@ class RecoveryRuntime:
             on_waiting=self._note_waiting,
             on_seq=self._note_seq,
         )
-        self._published = self._read_published()
+        self._published = self.read_published(self.slot)
         self.is_newcomer = client.is_newcomer
         self._entry: Entry | None = None
         self._entry_ready = threading.Event()
@@ -140,13 +144,20 @@ class RecoveryRuntime:
         self.communicator.start_recording(self._record_result)
         client.start(on_quorum_change=self._on_quorum_change, on_plan=self._on_plan, on_event=self._on_event)
         group = make_default(self.communicator, client.global_rank, client.world_size, connect=not self.is_newcomer)
+        if self.is_newcomer:
+            self.communicator.enter(self.facts.get("section", {}))
         threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
         atexit.register(self._leave_together)
         return group
 
     def _leave_together(self) -> None:
         """At the end of the program: a rank may be lost after its fit, and needs a donor then."""
-        if not self.is_training or sys.exc_info()[0] is not None or hasattr(sys, "last_exc") or hasattr(sys, "last_value"):
+        if (
+            self.slot[Word.STATE] < RankState.TRAINING
+            or sys.exc_info()[0] is not None
+            or hasattr(sys, "last_exc")
+            or hasattr(sys, "last_value")
+        ):
             return
         self.slot[Word.STATE] = RankState.FINISHED
         with self.held(), contextlib.suppress(TimeoutError):
@@ -195,10 +206,12 @@ class RecoveryRuntime:
     def _read_journal(self) -> dict[tuple[str, int], tuple[str, list[torch.Tensor] | None]]:
         journal: dict[tuple[str, int], tuple[str, list[torch.Tensor] | None]] = {}
         for record in self.slot.records(Region.JOURNAL):
-            group, seq, name, packed = pickle.loads(record)  # noqa: S301 - our own memory
+            group, seq, name, packed = pickle.loads(record)  # our own memory, never the network
             tensors = None
             if packed is not None:
-                tensors = [tensor_from_bytes(content, getattr(torch, dtype), shape, "cpu") for content, dtype, shape in packed]
+                tensors = [
+                    tensor_from_bytes(content, getattr(torch, dtype), shape, "cpu") for content, dtype, shape in packed
+                ]
             journal[group, seq] = (name, tensors)
         return journal
 
@@ -214,17 +227,21 @@ class RecoveryRuntime:
         return lengths
 
     # ------------------------------------------------------------------ publishing
-    def _read_published(self) -> list[Published]:
+    @staticmethod
+    def read_published(slot: RankSlot) -> list[Published]:
+        """The resume points in a slot, newest first."""
         found: list[Published] = []
         for region in (*_COMMIT_BUFFERS, *_MID_BUFFERS):
-            content = self.slot.read(region)
+            content = slot.read(region)
             if content is not None:
                 header_size = int.from_bytes(content[:4], "little")
                 schema_size = int.from_bytes(content[4:8], "little")
-                ordinal, point, facts = pickle.loads(content[8 : 8 + header_size])  # noqa: S301 - our own memory
+                ordinal, point, facts = pickle.loads(content[8 : 8 + header_size])
                 start = 8 + header_size
                 found.append(
-                    Published(ordinal, point, facts, content[start : start + schema_size], content[start + schema_size :])
+                    Published(
+                        ordinal, point, facts, content[start : start + schema_size], content[start + schema_size :]
+                    )
                 )
         return sorted(found, key=lambda published: -published.ordinal)
 
@@ -240,6 +257,7 @@ class RecoveryRuntime:
             self._mid_parity = 1 - getattr(self, "_mid_parity", 0)
             region = buffers[self._mid_parity]
         point = ResumePoint(kind, batch, version, self.communicator.next_seqs(), int(region))
+        facts = {**facts, "fit": self.num_fits, "section": self.section}
         header = pickle.dumps((self.ordinal, point, facts), protocol=5)
         schema, content = state
         sizes = len(header).to_bytes(4, "little") + len(schema).to_bytes(4, "little")
@@ -324,6 +342,11 @@ class RecoveryRuntime:
         self.client.finish()
         with self.held():
             self.client.wait_all_finished()
+        # What follows is the set-up of a further fit, if there is one: a replacement needs its results.
+        self.section = self.communicator.next_seqs()
+        self.num_fits += 1
+        self.is_training = False
+        self.communicator.start_recording(self._record_result)
 
     # ------------------------------------------------------------------ messages from the supervisor
     def _on_quorum_change(self, change: QuorumChange) -> None:
@@ -399,7 +422,9 @@ class RecoveryRuntime:
             return RankReport(rank, quorum_id, True, journaled=journaled, resume_points=points)
         if not communicator.wait_until_parked(changed, lambda: self._is_held):
             return None
-        return RankReport(rank, quorum_id, False, first_incomplete=communicator.first_incomplete(), version=self.version)
+        return RankReport(
+            rank, quorum_id, False, first_incomplete=communicator.first_incomplete(), version=self.version
+        )
 
     def _await_plan(self, quorum_id: int, changed: threading.Event) -> RecoveryPlan | None:
         with self._plan_arrived:
@@ -498,6 +523,7 @@ class RecoveryRuntime:
     def _go_live(self, entry: Entry, version: int) -> bool:
         point, communicator = entry.published.point, self.communicator
         self.ordinal = entry.published.ordinal
+        self.num_fits, self.section = entry.published.facts["fit"], entry.published.facts["section"]
         self.version = version
         for published in self._published:
             if published.ordinal > entry.published.ordinal:
@@ -513,7 +539,10 @@ class RecoveryRuntime:
         changed = entry.changed
         others = [group_id for group_id in sorted(communicator.groups, key=int) if group_id != "0"]
         try:
-            natives = {"0": entry.native, **{group_id: communicator.reconnect(group_id, changed) for group_id in others}}
+            natives = {
+                "0": entry.native,
+                **{group_id: communicator.reconnect(group_id, changed) for group_id in others},
+            }
         except RuntimeError:
             if changed.is_set() or changed.wait(communicator.grace_s):
                 return False

@@ -70,6 +70,8 @@ class FitSession:
         self._batch_copy: StateCopy | None = None
         self._validation_copy: StateCopy | None = None
         self._validation_writes: bool | None = None
+        self._first_version = runtime.version
+        """Updates before this fit (of an earlier fit of the same program)."""
         runtime.replicated = self._replicated
 
     # ------------------------------------------------------------------ what travels from a donor
@@ -104,7 +106,11 @@ class FitSession:
     def note_layout(self) -> None:
         """After a forward pass: learn the gradient buckets, which DDP settles in its second one."""
         model = self.trainer.strategy.model
-        if not self._layout and self.runtime.version <= _LAYOUT_IS_SETTLED and isinstance(model, DistributedDataParallel):
+        if (
+            not self._layout
+            and self.runtime.version - self._first_version <= _LAYOUT_IS_SETTLED
+            and isinstance(model, DistributedDataParallel)
+        ):
             self._layout, self._ready_order = read_layout(model)
 
     # ------------------------------------------------------------------ the epoch loop's questions
@@ -120,6 +126,7 @@ class FitSession:
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             self._layout, self._ready_order = published.facts["layout"]
+            self._first_version = published.facts["first_version"]
             adopt_layout(model, self._layout, self._ready_order)
         fetcher._start_profiler = loop._on_before_fetch
         fetcher._stop_profiler = loop._on_after_fetch
@@ -197,7 +204,7 @@ class FitSession:
 
     def _keep_batch_start(self, batch: int) -> None:
         """All ranks publish, then each keeps a copy of what this batch may update."""
-        version = 2 * batch + 1
+        version = self._first_version + 2 * batch + 1
         self._publish(ResumeKind.BATCH_START, batch, version=version)
         self.runtime.slot.clear(Region.FILES)
         self.runtime.await_commit(version)
@@ -225,8 +232,9 @@ class FitSession:
         batch = loop.batch_progress.total.ready
         if self.resumes_at_batch:
             self._is_inside_batch = False
-            self._publish(ResumeKind.BATCH_END, batch, version=2 * batch)
-            runtime.committed(2 * batch, is_agreed=False)
+            version = self._first_version + 2 * batch
+            self._publish(ResumeKind.BATCH_END, batch, version=version)
+            runtime.committed(version, is_agreed=False)
         else:
             self._publish(ResumeKind.BATCH_END, batch)
         self.begin_validation(will_validate)
@@ -254,7 +262,10 @@ class FitSession:
         assert self._state is not None
         runtime = self.runtime
         facts = {"loggers": capture_loggers(self.trainer), "layout": (self._layout, self._ready_order)}
-        runtime.publish(kind, batch, runtime.version if version is None else version, self._state.capture(outputs), facts)
+        facts["first_version"] = self._first_version
+        runtime.publish(
+            kind, batch, runtime.version if version is None else version, self._state.capture(outputs), facts
+        )
 
     # ------------------------------------------------------------------ the strategy's questions
     def commit(self) -> None:

@@ -27,11 +27,11 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a donor is about to send.
+    r"""What a donor is about to send.
 
     Attributes:
         version: optimizer updates the state contains.
-        tree: the state with each tensor replaced by ``{"\\0": index}``.
+        tree: the state with each tensor replaced by ``{"\0": index}``.
         tensors: the tensors, in order.
     """
 
@@ -114,7 +114,9 @@ def _count(tree: Any) -> int:
     return 0
 
 
-def receive_state(backend: Backend, donor: int, parameters: list[torch.Tensor], device: torch.device) -> tuple[int, Any]:
+def receive_state(
+    backend: Backend, donor: int, parameters: list[torch.Tensor], device: torch.device
+) -> tuple[int, Any]:
     """Receive into ``parameters`` and return (version, tree of further state).
 
     Raises:
@@ -143,7 +145,11 @@ def receive_state(backend: Backend, donor: int, parameters: list[torch.Tensor], 
         else:
             target = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
         if target.numel():
-            buffer = target if target.is_contiguous() and target.device == device else torch.empty_like(target, device=device).contiguous()
+            buffer = (
+                target
+                if target.is_contiguous() and target.device == device
+                else torch.empty_like(target, device=device).contiguous()
+            )
             backend.recv([buffer], donor, _TENSOR_TAG).wait()
             if buffer is not target:
                 with torch.no_grad():

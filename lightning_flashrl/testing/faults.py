@@ -19,7 +19,8 @@ class FaultSchedule(Callback):
 
     Example:
         >>> from lightning_flashrl.types import Phase
-        >>> schedule = FaultSchedule().kill(rank=1, at=StepTag(3, Phase.BACKWARD)).stop(rank=0, at=StepTag(7, Phase.FORWARD))
+        >>> schedule = FaultSchedule().kill(rank=1, at=StepTag(3, Phase.BACKWARD))
+        >>> schedule = schedule.stop(rank=0, at=StepTag(7, Phase.FORWARD))
         >>> [str(fault) for fault in schedule.faults]
         ['kill rank=1 step=3 phase=backward', 'stop rank=0 step=7 phase=forward']
     """

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 torch.set_num_threads(1)
@@ -27,10 +29,22 @@ warnings.filterwarnings("ignore")
 
 import lightning as L  # noqa: E402
 import torchmetrics  # noqa: E402
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 import lightning_flashrl  # noqa: E402, F401
+from lightning_flashrl.communicator.holding import Communicator  # noqa: E402
+from lightning_flashrl.recovery.faults import How  # noqa: E402
+from lightning_flashrl.recovery.slot import Word  # noqa: E402
+from lightning_flashrl.strategies import session, transfer  # noqa: E402
+from lightning_flashrl.supervisor.client import RankClient  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -57,7 +71,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--manual", action="store_true")
     parser.add_argument("--ddp", default="{}", help="JSON of DDP arguments")
     parser.add_argument("--feature", action="append", default=[])
-    parser.add_argument("--die", default="", help="rank:step:hook:signal, in the job's own hooks; first process only")
+    parser.add_argument("--limit-train", type=int, default=None)
+    parser.add_argument("--limit-val", type=int, default=None)
+    parser.add_argument(
+        "--die", action="append", default=[], help="rank:step:hook[:how[:incarnation]], in the job's own hooks"
+    )
     return parser.parse_args()
 
 
@@ -69,11 +87,53 @@ HAS = set(args.feature)
 
 def die(hook: str, step: int) -> None:
     """Strike this process in one of its own hooks."""
-    if not args.die or INCARNATION:
+    for line in args.die:
+        rank, at, where, how, incarnation = (line.split(":") + ["kill", "0"][line.count(":") - 2 :])[:5]
+        if (RANK, step, hook, INCARNATION) == (int(rank), int(at), where, int(incarnation)):
+            if how == "oom":
+                run_out_of_memory()
+            elif how == "raise":
+                raise ValueError(f"the user's own mistake in {hook}")
+            else:
+                How(how).strike()
+
+
+def run_out_of_memory() -> None:
+    """What the kernel does: SIGKILL from outside, in the middle of an allocation."""
+    subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -{signal.SIGKILL} {os.getpid()}"])
+    hoard = []
+    while True:
+        hoard.append(bytes(1 << 20))
+        if len(hoard) == 256:
+            hoard.clear()
+
+
+def die_in_recoveries() -> None:
+    """Put hooks into this process's part in recoveries; their step is the quorum that is being formed."""
+    client = RankClient.from_environ()
+    if client is None or not args.die:
         return
-    rank, at, where, how = (args.die.split(":") + ["KILL"])[:4]
-    if RANK == int(rank) and step == int(at) and hook == where:
-        os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
+
+    def before(owner: Any, name: str, hook: str, passage: int = 1) -> None:
+        original, passages = getattr(owner, name), dict[int, int]()
+
+        def dying(*arguments: Any, **keywords: Any) -> Any:
+            quorum = client.slot[Word.QUORUM_ID]
+            passages[quorum] = passages.get(quorum, 0) + 1
+            if passages[quorum] == passage:
+                die(hook, quorum)
+            return original(*arguments, **keywords)
+
+        setattr(owner, name, dying)
+
+    before(RankClient, "send_report", "report")
+    before(RankClient, "send_restored", "restored")
+    before(Communicator, "reconnect", "rendezvous")
+    before(Communicator, "redo", "redo")
+    before(Communicator, "enter", "enter")
+    before(transfer, "send_state", "give")
+    before(session, "receive_state", "take")
+    before(transfer, "_transmit", "giving", passage=6)
 
 
 class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -107,12 +167,42 @@ class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             yield self.images[(index * world + RANK) % len(self.images)]
 
 
+class DyingAdamW(torch.optim.AdamW):
+    """AdamW of two groups, in which a process can die when the first is updated and the second is not."""
+
+    num_steps = 0
+
+    def _init_group(self, group: dict[str, Any], *rest: Any) -> Any:
+        if group is self.param_groups[-1]:
+            die("optimizer", self.num_steps)
+            self.num_steps += 1
+        return super()._init_group(group, *rest)
+
+
+class Noisy(L.Callback):
+    """A user's callback with a state of its own that draws from all generators."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {"python": 0.0, "numpy": 0.0, "torch": 0.0}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.sums["python"] += random.random()
+        self.sums["numpy"] += float(np.random.rand())
+        self.sums["torch"] += torch.rand(()).item()
+        pl_module.log("noise", self.sums["torch"], on_epoch=True, sync_dist=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.sums)
+
+
 class Model(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         width = args.width
         norm: list[nn.Module] = [nn.BatchNorm1d(8)] if "batchnorm" in HAS else []
-        self.body = nn.Sequential(*norm, nn.Linear(16, width), nn.GELU(), nn.Dropout(0.2), nn.Linear(width, width), nn.GELU())
+        self.body = nn.Sequential(
+            *norm, nn.Linear(16, width), nn.GELU(), nn.Dropout(0.2), nn.Linear(width, width), nn.GELU()
+        )
         self.deep = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(3)])
         self.head = nn.Linear(width, 10)
         if "unused" in HAS:
@@ -120,13 +210,29 @@ class Model(L.LightningModule):
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
         self.losses: list[torch.Tensor] = []
         self.seen = 0
+        self.gathered: list[Any] = []
+        self.total_seen = 0.0
         self.automatic_optimization = not args.manual
-        if args.manual:
+        if args.manual and "single" not in HAS:
             self.critic = nn.Linear(16, 1)
 
+    def setup(self, stage: str) -> None:
+        die("setup", 0)
+        if "subgroup" in HAS:
+            self.pair = dist.new_group([0, 1])
+
+    def on_fit_start(self) -> None:
+        die("fit_start", 0)
+
+    def on_train_start(self) -> None:
+        die("train_start", self.global_step)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.deep(self.body(x)).mean(1)
-        if "unused" in HAS and self.training and (self.seen % 2 == 0):
+        if "checkpointing" in HAS and self.training:
+            hidden = checkpoint(self.deep, self.body(x), use_reentrant=False).mean(1)
+        else:
+            hidden = self.deep(self.body(x)).mean(1)
+        if "unused" in HAS and self.training and (self.seen // 4 + RANK) % 2 == 0:
             return self.extra(hidden)
         return self.head(hidden)
 
@@ -150,18 +256,21 @@ class Model(L.LightningModule):
         return {"loss": loss, "logits": logits.detach()}
 
     def _manual_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        first, second = self.optimizers()
+        optimizers = self.optimizers()
+        first, second = (optimizers, None) if "single" in HAS else optimizers
         loss = nn.functional.cross_entropy(self(x), y)
         first.zero_grad()
         self.manual_backward(loss)
         first.step()
         die("between", self.global_step)
+        self.log("loss", loss, on_epoch=True, sync_dist=True)
+        self.losses.append(loss.detach())
+        if second is None:
+            return
         critic = (self.critic(x.mean(1)) - loss.detach()).square().mean()
         second.zero_grad()
         self.manual_backward(critic)
         second.step()
-        self.log("loss", loss, on_epoch=True, sync_dist=True)
-        self.losses.append(loss.detach())
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if "gradnorm" in HAS:
@@ -177,12 +286,20 @@ class Model(L.LightningModule):
             total = torch.tensor([float(self.seen)])
             dist.all_reduce(total)
             self.total_seen = total.item()
+        if "subgroup" in HAS and RANK < 2:
+            total = torch.rand(1)
+            dist.all_reduce(total, group=self.pair)
+            self.total_seen += total.item()
         die("batch_end_late", self.global_step)
 
     def on_train_epoch_end(self) -> None:
         die("epoch_end", self.global_step)
         self.log("epoch_mean", torch.stack(self.losses).mean(), sync_dist=True)
         self.losses.clear()
+        if "objects" in HAS:
+            everyone: list[Any] = [None] * self.trainer.world_size
+            dist.all_gather_object(everyone, {"rank": RANK, "drawn": random.random()})
+            self.gathered.append(everyone)
         die("epoch_end_late", self.global_step)
 
     def validation_step(self, batch: Any, index: int) -> None:
@@ -201,22 +318,33 @@ class Model(L.LightningModule):
         die("checkpoint", self.global_step)
 
     def configure_optimizers(self) -> Any:
+        if "lbfgs" in HAS:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+        critic = list(self.critic.parameters()) if hasattr(self, "critic") else []
+        body = list(self.body.parameters())
+        others = {id(p) for p in [*critic, *body]}
+        rest = [p for p in self.parameters() if id(p) not in others]
+        optimizer = DyingAdamW([{"params": body}, {"params": rest}], lr=1e-3)
         if args.manual:
-            critic = set(self.critic.parameters())
-            return [torch.optim.AdamW([p for p in self.parameters() if p not in critic], 1e-3), torch.optim.SGD(self.critic.parameters(), 1e-2, 0.9)]
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+            return [optimizer, torch.optim.SGD(critic, 1e-2, 0.9)] if critic else optimizer
+        if "plateau" in HAS:
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=1.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=200)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _loader(self, size: int, train: bool) -> Any:
         if train and args.data == "iterable":
-            return DataLoader(Stream(size), batch_size=4, num_workers=args.workers)
+            persistent = bool(args.workers) and "persist" in HAS
+            return DataLoader(Stream(size), batch_size=4, num_workers=args.workers, persistent_workers=persistent)
         dataset = Images(size * int(os.environ.get("WORLD_SIZE", "1")), augment=train)
         if train and args.data == "stateful":
             from torchdata.stateful_dataloader import StatefulDataLoader
 
             return StatefulDataLoader(dataset, batch_size=4, shuffle=True, num_workers=args.workers)
-        return DataLoader(dataset, batch_size=4, shuffle=train, num_workers=args.workers if train else 0)
+        workers = args.workers if train else 0
+        persistent = bool(workers) and "persist" in HAS
+        return DataLoader(dataset, batch_size=4, shuffle=train, num_workers=workers, persistent_workers=persistent)
 
     def train_dataloader(self) -> Any:
         return self._loader(4 * args.batches, train=True)
@@ -245,12 +373,15 @@ def digest(module: Model, trainer: L.Trainer) -> dict[str, Any]:
         "schedulers": [config.scheduler.state_dict()["last_epoch"] for config in trainer.lr_scheduler_configs],
         "torch_rng": of(torch.get_rng_state()),
         "python_rng": hashlib.sha256(repr(random.getstate()).encode()).hexdigest()[:16],
-        "numpy_rng": hashlib.sha256(np.random.get_state()[1].tobytes() + repr(np.random.get_state()[2:]).encode()).hexdigest()[:16],
+        "numpy_rng": hashlib.sha256(
+            np.random.get_state()[1].tobytes() + repr(np.random.get_state()[2:]).encode()
+        ).hexdigest()[:16],
         "loops": json.loads(json.dumps(loop, default=str)),
         "global_step": trainer.global_step,
         "epoch": trainer.current_epoch,
         "metrics": {k: float(v) for k, v in sorted(trainer.callback_metrics.items())},
-        "seen": module.seen,
+        "seen": [module.seen, module.total_seen, module.gathered],
+        "scaler": getattr(getattr(trainer.precision_plugin, "scaler", None), "state_dict", dict)(),
         "callbacks": {str(k): repr(v) for k, v in sorted(_callback_states(trainer).items())},
     }
     found["loops"].get("state_dict", {}).clear()
@@ -265,7 +396,11 @@ def _callback_states(trainer: L.Trainer) -> dict[str, Any]:
     for callback in trainer.callbacks:
         state = callback.state_dict()
         if isinstance(callback, ModelCheckpoint):
-            state = {k: v for k, v in state.items() if "dir" not in k and "path" not in k and "best_k" not in k and "kth" not in k}
+            state = {
+                k: v
+                for k, v in state.items()
+                if "dir" not in k and "path" not in k and "best_k" not in k and "kth" not in k
+            }
             state["files"] = sorted(Path(p).name for p in callback.best_k_models)
         states[callback.state_key[:40]] = state
     return states
@@ -274,6 +409,7 @@ def _callback_states(trainer: L.Trainer) -> dict[str, Any]:
 def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    die_in_recoveries()
     L.seed_everything(7, verbose=False)
     callbacks: list[Any] = []
     logger: Any = False
@@ -290,6 +426,14 @@ def main() -> None:
         callbacks.append(ModelCheckpoint(out / "best", monitor="val_loss", save_top_k=1))
     if "earlystop" in HAS:
         callbacks.append(EarlyStopping("val_loss", patience=50))
+    if "stops" in HAS:
+        callbacks.append(EarlyStopping("val_loss", patience=1, min_delta=10.0))
+    if "noisy" in HAS:
+        callbacks.append(Noisy())
+    if "swa" in HAS:
+        callbacks.append(StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1))
+    if "growing" in HAS:
+        callbacks.append(GradientAccumulationScheduler({0: 1, 1: 2}))
     if "ema" in HAS:
         callbacks.append(WeightAveraging(avg_fn=lambda average, new, n: 0.9 * average + 0.1 * new))
     strategy: Any = args.strategy
@@ -302,6 +446,8 @@ def main() -> None:
         from lightning.pytorch.strategies import DDPStrategy
 
         strategy = DDPStrategy(process_group_backend="gloo", **ddp)
+    half = args.precision == "16-mixed"  # Lightning's own choice for a CPU would be bf16
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=args.devices,
@@ -311,14 +457,16 @@ def main() -> None:
         max_steps=args.max_steps,
         accumulate_grad_batches=args.accumulate,
         gradient_clip_val=args.clip,
-        precision=args.precision,
+        precision=None if half else args.precision,
+        plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler) if half else None,
         logger=logger,
         callbacks=callbacks,
         log_every_n_steps=1,
         num_sanity_val_steps=args.sanity,
         val_check_interval=args.val_every,
         check_val_every_n_epoch=None if args.val_every else 1,
-        limit_train_batches=args.batches if args.data == "iterable" else None,
+        limit_train_batches=args.batches if args.data == "iterable" else args.limit_train,
+        limit_val_batches=args.limit_val,
         enable_checkpointing=bool(args.checkpoint_every) or "best" in HAS,
         enable_progress_bar="bar" in HAS,
         enable_model_summary=False,

@@ -39,13 +39,21 @@ class Run:
 
 
 def _environment() -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_|FLASHRL_|MASTER_", key)}
+    environment = {
+        key: value for key, value in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_|FLASHRL_|MASTER_", key)
+    }
     return {**environment, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "WANDB_MODE": "offline"}
 
 
 def _execute(command: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment(), cwd=out, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=_environment(),
+        cwd=out,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -61,11 +69,24 @@ def _digests(out: Path) -> dict[int, Any]:
 
 
 def run_flash(
-    out: Path, ranks: int, *arguments: str, chaos: tuple[str, ...] = (), options: tuple[str, ...] = (), timeout_s: float = TIMEOUT_S
+    out: Path,
+    ranks: int,
+    *arguments: str,
+    chaos: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
+    timeout_s: float = TIMEOUT_S,
 ) -> Run:
     """Run the job under ``flashrun``."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "lightning_flashrl.cli.flashrun", "--nproc-per-node", str(ranks), "--log-dir", str(out / "logs")]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_flashrl.cli.flashrun",
+        "--nproc-per-node",
+        str(ranks),
+        "--log-dir",
+        str(out / "logs"),
+    ]
     for line in chaos:
         command += ["--chaos", line]
     command += [*options, str(JOB), "--out", str(out), *arguments]
@@ -73,7 +94,7 @@ def run_flash(
     return Run(returncode, output, _digests(out), out)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def run_stock(ranks: int, *arguments: str) -> dict[int, Any]:
     """Digests of the job under ``torchrun`` with Lightning's own ``ddp``; run once per session for each job."""
     out = Path(tempfile.mkdtemp(prefix="flashrl-reference-"))
@@ -90,4 +111,6 @@ def assert_exact(run: Run, expected: dict[int, Any]) -> None:
     assert sorted(run.digests) == sorted(expected), run.output
     for rank, digest in run.digests.items():
         for key, value in expected[rank].items():
-            assert digest.get(key) == value, f"rank {rank} {key}:\n{digest.get(key)}\nexpected\n{value}\n{run.output[-3000:]}"
+            assert digest.get(key) == value, (
+                f"rank {rank} {key}:\n{digest.get(key)}\nexpected\n{value}\n{run.output[-3000:]}"
+            )
