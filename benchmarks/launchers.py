@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import peers
 
@@ -127,20 +129,26 @@ class StockDDP(Launcher):
     name, title = "ddp", "ddp"
     options: tuple[str, ...] = ()
     job_options: tuple[str, ...] = ()
+    environ: Mapping[str, str] = MappingProxyType({})
 
     def start(self) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.size.num_ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
         command += ["--local-addr", "127.0.0.1", *self.options, *self._lightning_job("ddp", *self.job_options)]
-        self.processes = [self._spawn(command)]
+        self.processes = [self._spawn(command, **self.environ)]
 
 
 class Torchrun(StockDDP):
-    """``torchrun`` that starts all ranks again, from Lightning's newest checkpoint."""
+    """``torchrun`` that starts all ranks again, from Lightning's newest checkpoint.
+
+    With torch's default the new ranks may read rendezvous keys of the dead ones and fail or hang (pytorch issues 135712
+    and 167288); the variable avoids that.
+    """
 
     name, title = "torchrun", f"torchrun + checkpoint every {CHECKPOINT_EVERY}"
     options = ("--max-restarts", "3")
     job_options = ("--checkpoint-every", str(CHECKPOINT_EVERY))
+    environ = MappingProxyType({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
 
 class Torchft(Launcher):

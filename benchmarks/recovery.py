@@ -174,7 +174,14 @@ def _step_ms(events: list[Event], rank: int) -> float:
 def measure(run: Run, events: list[Event], killed: Event) -> None:
     """Fill in what the events tell. ``killed`` holds the victim's last committed step and the time of the kill."""
     steps = [event for event in events if event.kind == "step"]
-    after = [event for event in steps if event.time_ns > killed.time_ns]
+    before = [event for event in steps if event.time_ns <= killed.time_ns]
+    committed, old_pids = {(event.rank, event.step) for event in before}, {event.pid for event in before}
+    after = [
+        event
+        for event in steps[len(before) :]
+        if event.step > killed.step  # or else a survivor ends, a little late, the victim's last step
+        or not (event.pid in old_pids and (event.rank, event.step) not in committed)
+    ]
     in_flight = killed.step + 1
 
     def seconds(event: Event) -> float:
@@ -189,7 +196,6 @@ def measure(run: Run, events: list[Event], killed: Event) -> None:
         if {event.rank for event in together} == set(range(run.num_ranks)):
             run.full_s = max(map(seconds, together))
             break
-    committed = {(event.rank, event.step) for event in steps if event.time_ns <= killed.time_ns}
     run.num_redone = len({event.step for event in after if (event.rank, event.step) in committed})
     run.num_short = len({event.step for event in after if event.num_members < run.num_ranks})
 

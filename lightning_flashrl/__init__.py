@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_flashrl._registration import register_strategies
+from lightning_flashrl import _registration
 
 if TYPE_CHECKING:
     from lightning_flashrl.callbacks import FlashRecovery
@@ -43,4 +43,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-register_strategies()
+_registration.register_strategies()

@@ -110,8 +110,9 @@ class RecoveryBudgetExhaustedError(FatalError):
     def __str__(self) -> str:
         checkpoint = self.newest_checkpoint or "none was saved"
         return (
-            f"{self.num_faults} faults within {self.window_s:g} s, the budget is {self.max_faults}; look at the logs of the "
-            f"lost ranks, raise --max-restarts if the machine is that unreliable (newest checkpoint: {checkpoint})"
+            f"{self.num_faults} faults within {self.window_s:g} s, the budget is {self.max_faults}; look at the logs "
+            "of the lost ranks, raise --max-restarts if the machine is that unreliable "
+            f"(newest checkpoint: {checkpoint})"
         )
 
 

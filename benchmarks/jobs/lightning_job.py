@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from step_log import StepLog
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import lightning_flashrl  # noqa: F401 - registers the strategy
 
@@ -74,12 +75,14 @@ def main(arguments: argparse.Namespace) -> None:
     )
     job = Job(shape)
     samples = Samples(shape, (arguments.steps + 1) * shape.batch_size * WORLD_SIZE)
+    # Lightning resumes in the middle of an epoch only with a loader that keeps its own position.
+    loader = (StatefulDataLoader if checkpoint is not None else DataLoader)(samples, batch_size=shape.batch_size)
     resumed = checkpoint if checkpoint is not None and checkpoint.exists() else None
     if arguments.profile:
         import step_profile
 
         step_profile.install()
-    trainer.fit(job, DataLoader(samples, batch_size=shape.batch_size), ckpt_path=resumed, weights_only=False)
+    trainer.fit(job, loader, ckpt_path=resumed, weights_only=False)
     if arguments.profile:
         step_profile.save(Path(arguments.folder) / f"profile{RANK}.json")
     _log.write("end", trainer.global_step, WORLD_SIZE, hash_of(job.model))

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.strategies.ddp import FlashDDPStrategy
@@ -26,7 +26,8 @@ class FlashRecovery(Callback):
     - ``on_recovery_start(trainer, pl_module, change)``: called on a thread of its own while the program waits;
       ``change.lost`` tells who was lost and why;
     - ``on_recovery_end(trainer, pl_module, record)``: called by the program after its next batch; ``record`` is the
-      recovery report (who, why, donor, milliseconds of each stage).
+      recovery report (who, why, donor, milliseconds of each stage). Ranks hear of it at different batches, so it must
+      not call collectives.
 
     Each report is also a line of ``recovery.jsonl`` in the Trainer's log directory and, as ``recovery/<stage>_ms``,
     goes to its loggers. A CSVLogger is left out: its columns stay those of a run without faults.
@@ -65,10 +66,12 @@ class FlashRecovery(Callback):
         self.window_s = window_s
         self.fallback = fallback
         self.hang_timeout_s = hang_timeout_s
+        self._directory = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand the policy to the controller."""
         runtime = self._runtime(trainer)
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks rank 0, so all ranks must
         runtime.client.set_policy(
             max_faults=self.max_faults,
             window_s=self.window_s,
@@ -96,7 +99,7 @@ class FlashRecovery(Callback):
 
     @staticmethod
     def _announce(trainer: Trainer, change: QuorumChange) -> None:
-        for callback in list(trainer.callbacks):
+        for callback in list(trainer.callbacks):  # type: ignore[attr-defined]
             hook = getattr(callback, "on_recovery_start", None)
             if callable(hook):
                 hook(trainer, trainer.lightning_module, change)
@@ -113,18 +116,16 @@ class FlashRecovery(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for record in self._runtime(trainer).take_records():
-            for callback in list(trainer.callbacks):
+            for callback in list(trainer.callbacks):  # type: ignore[attr-defined]
                 hook = getattr(callback, "on_recovery_end", None)
                 if callable(hook):
                     hook(trainer, pl_module, record)
             if trainer.is_global_zero:
                 self._write(trainer, record)
 
-    @staticmethod
-    def _write(trainer: Trainer, record: RecoveryRecord) -> None:
-        directory = Path(trainer.log_dir or trainer.default_root_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "recovery.jsonl").open("a") as file:
+    def _write(self, trainer: Trainer, record: RecoveryRecord) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with (self._directory / "recovery.jsonl").open("a") as file:
             file.write(json.dumps(msgspec.to_builtins(record, str_keys=True)) + "\n")
         stages = {f"recovery/{stage}_ms": value for stage, value in record.timings_ms.items()}
         for logger in trainer.loggers:

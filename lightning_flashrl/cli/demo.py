@@ -34,6 +34,8 @@ STEPS_PER_SECOND = 1.7
 MIN_STEPS = 24
 _LOOK_S = 0.1
 _FIND_RANKS_S = 0.5
+_STALLED_S = 120.0
+"""Without a step for so long, something is wrong, and the logs are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class Watch:
         self._struck: list[Struck] = []
         self._expected = {step.step: step.loss for step in expected}
         self._next_look_s = 0.0
+        self._num_steps = 0
+        self._advanced_s = 0.0
 
     @property
     def _at_s(self) -> float:
@@ -127,6 +131,7 @@ class Watch:
         """
         job = self._job
         job.start()
+        self._advanced_s = clock.now_s()
         try:
             while job.returncode is None:
                 clock.sleep(_LOOK_S)
@@ -148,6 +153,10 @@ class Watch:
         if clock.now_s() >= self._next_look_s or events:
             self._next_look_s = clock.now_s() + _FIND_RANKS_S
             self._look_at_ranks(has_steps=bool(steps))
+        if len(steps) > self._num_steps:
+            self._num_steps, self._advanced_s = len(steps), clock.now_s()
+        elif clock.now_s() - self._advanced_s > _STALLED_S:
+            raise DemoError(f"no step was done for {_STALLED_S:g} s\n{describe_failure(self._job)}")
         self._compare(steps)
         self._strike(steps)
         self._view.update(self._at_s, steps)
@@ -303,16 +312,19 @@ def run(console: Console, out: Path, seconds: float) -> int:
     first = _train(console, out / "with_faults", "1 of 2: with faults", steps, STRIKES, ())
     console.print()
     second = _train(console, out / "without_faults", "2 of 2: the same, left alone", steps, (), first.steps)
+    differences = find_differences(first, second)
     picture = out / "timeline.png"
     draw_timeline(
         picture,
         first.steps,
         first.recoveries,
         num_ranks=NUM_RANKS,
-        title=f"{steps} steps of a small GPT on {NUM_RANKS} ranks, {len(first.struck)} of them lost on the way",
+        title=f"A small GPT on {NUM_RANKS} ranks, struck {len(first.struck)} times on the way",
+        subtitle="it ends in other bits than the run that was left alone"
+        if differences
+        else "every loss, weight, optimizer and random state equals that of the run that was left alone, bit for bit",
         reference=second.steps,
     )
-    differences = find_differences(first, second)
     summary = {
         "steps": steps,
         "is_identical": not differences,
@@ -348,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=DEFAULT_SECONDS, help="about how long it takes on two cores; sets the steps"
     )
     arguments = parser.parse_args(argv)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with _sigterm_as_interrupt():
         try:

@@ -125,7 +125,7 @@ class Collective:
         return self._call(backend, map_tensors(torch.empty_like, self.results), self.saved)
 
     def _call(self, backend: Backend, results: Nested, inputs: Nested) -> Work:
-        method = getattr(backend, self.name)
+        method: Callable[..., Work] = getattr(backend, self.name)
         if self.name == "barrier":
             return method(*self.options)
         if self.is_in_place:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Backend, ProcessGroup, Work
+from torch._C._distributed_c10d import Backend, HashStore, ProcessGroup, Work
 
 from lightning_flashrl.communicator.base import KeyValueStore, Transport, run_abandonable
 from lightning_flashrl.communicator.collectives import BufferPool, Collective, flatten
@@ -52,6 +52,7 @@ class Call:
         """A future of the results, for the gradient reducer."""
         with self._lock:
             if self._future is None:
+                devices: list[int | str | torch.device]
                 devices = [t.device for t in flatten(self.collective.results)[:1] if t.device.type != "cpu"]
                 self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
                 if self.finished.is_set():
@@ -78,7 +79,7 @@ class Call:
 
     def _resolve(self, future: torch.futures.Future[Any]) -> None:
         if self.error is not None:
-            future.set_exception(self.error)  # type: ignore[arg-type]
+            future.set_exception(self.error)
         else:
             future.set_result(flatten(self.collective.results))
 
@@ -163,7 +164,7 @@ class HoldingProcessGroup(ProcessGroup):
     """
 
     def __init__(self, communicator: Communicator, group_id: str, rank: int, ranks: list[int]) -> None:
-        super().__init__(rank, len(ranks))
+        super().__init__(rank, len(ranks))  # type: ignore[call-arg]
         self.communicator = communicator
         self.group_id = group_id
         self.ranks = ranks
@@ -204,7 +205,7 @@ class HoldingProcessGroup(ProcessGroup):
         return self._name
 
     @property
-    def group_desc(self) -> str:  # type: ignore[override]
+    def group_desc(self) -> str:
         """Description for torch's logs."""
         return self._description
 
@@ -282,17 +283,17 @@ class HoldingProcessGroup(ProcessGroup):
             while self.calls and self.calls[0].finished.is_set():
                 self.calls.popleft().collective.forget(self.communicator.pool)
 
-    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # noqa: D102
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102
         return self._start(Collective("allreduce", tensors, tensors, _given(opts), is_in_place=True))
 
     def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # noqa: D102
         return self._start(Collective("allreduce_coalesced", tensors, tensors, _given(opts), is_in_place=True))
 
-    def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # noqa: D102
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102
         is_root = opts is None or opts.rootRank == self._rank
         return self._start(Collective("broadcast", tensors, tensors if is_root else [], _given(opts), is_in_place=True))
 
-    def reduce(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # noqa: D102
+    def reduce(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102
         return self._start(Collective("reduce", tensors, tensors, _given(opts), is_in_place=True))
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
@@ -303,19 +304,19 @@ class HoldingProcessGroup(ProcessGroup):
 
     all_gather_single = _allgather_base
 
-    def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
+    def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102
         return self._start(Collective("gather", outputs, inputs, _given(opts), is_in_place=False))
 
-    def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102
         return self._start(Collective("scatter", outputs, inputs, _given(opts), is_in_place=False))
 
-    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102
         return self._start(Collective("reduce_scatter", outputs, inputs, _given(opts), is_in_place=False))
 
     def _reduce_scatter_base(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> HoldingWork:
         return self._start(Collective("_reduce_scatter_base", output, input, _given(opts), is_in_place=False))
 
-    reduce_scatter_single = _reduce_scatter_base
+    reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> HoldingWork:  # noqa: D102
         return self._start(Collective("alltoall", outputs, inputs, _given(opts), is_in_place=False))
@@ -326,7 +327,7 @@ class HoldingProcessGroup(ProcessGroup):
         options = (output_splits, input_splits, *_given(opts))
         return self._start(Collective("alltoall_base", output, input, options, is_in_place=False))
 
-    all_to_all_single = alltoall_base
+    all_to_all_single = alltoall_base  # type: ignore[assignment]
 
     def barrier(self, opts: Any = None) -> HoldingWork:  # noqa: D102
         return self._start(Collective("barrier", [], [], _given(opts), is_in_place=True))
@@ -684,7 +685,7 @@ def make_default(communicator: Communicator, rank: int, world_size: int, connect
         dist.Backend.register_backend(name, create, extended_api=True, devices=[communicator.transport.device_type])
     else:
         dist.Backend._plugins[name.upper()] = dist.Backend._BackendPlugin(create, True)
-    dist.init_process_group(name, store=dist.HashStore(), rank=rank, world_size=world_size)
+    dist.init_process_group(name, store=HashStore(), rank=rank, world_size=world_size)
     group = created[0]
     world.pg_map[group] = (communicator.transport.backend, world.pg_map[group][1])
     return group

@@ -15,14 +15,18 @@ from matplotlib.figure import Figure
 from lightning_flashrl.report.records import STAGES, Recovery, Step, absences
 
 _INK = "#22303c"
-_FAINT = "#8a97a3"
+_FAINT = "#74818d"
 _GRID = "#e6eaee"
 _LOSS = "#1769aa"
 _FAULT = "#c62828"
-_RANKS = ("#3d7ea6", "#5c9a7c", "#8e7cc3", "#c08a4d", "#6b8e9e", "#a0728f", "#7f9656", "#9a7b66")
+_RANKS = ("#3d7ea6", "#4f9272", "#8672bd", "#b97f3f", "#5f8596", "#99678a", "#75904a", "#90705b")
 _STAGE_COLORS = ("#c62828", "#ef9a3d", "#f2cf5b", "#7fb77e", "#3d7ea6")
 _MAX_BARS = 8
-_FONT = {"family": "DejaVu Sans", "color": _INK}
+
+_WIDTH, _LEFT, _RIGHT = 10.5, 0.85, 0.25  # inches, as all lengths of the layout
+_TOP, _BOTTOM, _LOSS_HEIGHT, _ROW_HEIGHT = 0.95, 0.55, 3.1, 0.4
+_GAPS = (0.5, 0.95)
+"""Below the loss, below the ranks."""
 
 
 def draw_timeline(
@@ -32,6 +36,7 @@ def draw_timeline(
     *,
     num_ranks: int,
     title: str = "",
+    subtitle: str = "",
     reference: Sequence[Step] = (),
 ) -> None:
     """Write a PNG.
@@ -42,6 +47,7 @@ def draw_timeline(
         recoveries: of the run.
         num_ranks: of the job; each gets a lane.
         title: above the picture.
+        subtitle: one more line, in small print.
         reference: steps of a run without faults, drawn from the same start.
 
     Raises:
@@ -50,31 +56,27 @@ def draw_timeline(
     if not steps:
         raise ValueError("there is no step to draw; does the metrics file belong to a run that trained?")
     shown = [recovery for recovery in recoveries if recovery.is_complete][-_MAX_BARS:]
-    heights = [3.4, 0.42 * num_ranks + 0.25]
-    if shown:
-        heights.append(0.42 * len(shown) + 0.35)
-    figure = Figure(figsize=(10.5, sum(heights) + 2.1), dpi=150, facecolor="white")
+    heights = [_LOSS_HEIGHT, _ROW_HEIGHT * num_ranks, *([_ROW_HEIGHT * len(shown)] if shown else [])]
+    gaps = _GAPS[: len(heights) - 1]
+    height = _TOP + sum(heights) + sum(gaps) + _BOTTOM
+    figure = Figure(figsize=(_WIDTH, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.5})[:, 0]
-    figure.subplots_adjust(
-        left=0.085, right=0.975, top=1 - 0.95 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
-    )
-    figure.suptitle(
-        title,
-        x=0.085,
-        y=1 - 0.22 / figure.get_figheight(),
-        ha="left",
-        va="top",
-        fontsize=13,
-        fontweight="bold",
-        color=_INK,
-    )
+    figure.text(_LEFT / _WIDTH, 1 - 0.2 / height, title, va="top", fontsize=13, fontweight="bold", color=_INK)
+    figure.text(_LEFT / _WIDTH, 1 - 0.5 / height, subtitle, va="top", fontsize=9.5, color=_FAINT)
+    axes: list[Axes] = []
+    top = height - _TOP
+    for own, gap in zip(heights, [*gaps, 0.0], strict=True):
+        top -= own
+        place = (_LEFT / _WIDTH, top / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, own / height)
+        axes.append(figure.add_axes(place))
+        top -= gap
     zero_s = steps[0].wall_s
     end_s = max([steps[-1].wall_s, *(recovery.wall_s for recovery in recoveries)])
     _draw_loss(axes[0], steps, recoveries, reference, zero_s)
     _draw_ranks(axes[1], recoveries, num_ranks, zero_s, end_s)
+    longest_s = max(end_s - zero_s, reference[-1].wall_s - reference[0].wall_s if reference else 0.0, 1e-3)
     for ax in axes[:2]:
-        ax.set_xlim(0, max(end_s - zero_s, 1e-3) * 1.01)
+        ax.set_xlim(0, longest_s * 1.005)
     if shown:
         _draw_stages(axes[2], shown)
     figure.savefig(path)
@@ -103,39 +105,52 @@ def _draw_loss(
             color=_FAINT,
             linewidth=1.0,
             alpha=0.75,
-            label="the same training without faults",
+            label="left alone",
         )
     ax.plot(
         [step.wall_s - zero_s for step in steps],
         [step.loss for step in steps],
         color=_LOSS,
         linewidth=1.4,
-        label="loss",
+        label="with faults",
     )
     highest = max(step.loss for step in [*steps, *reference])
     lowest = min(step.loss for step in [*steps, *reference])
     room = max(highest - lowest, 1e-6)
     ax.set_ylim(lowest - 0.05 * room, highest + 0.28 * room)
     for recovery in recoveries:
-        began_s = recovery.began_s - zero_s
-        ax.axvspan(began_s, recovery.wall_s - zero_s, color=_FAULT, alpha=0.16, linewidth=0)
-        ax.axvline(began_s, color=_FAULT, linewidth=1.0)
-        if recovery.is_complete:
-            ranks = ", ".join(map(str, recovery.lost))
-            ax.annotate(
-                f"rank {ranks} {recovery.cause}\nback after {_duration(recovery.duration_ms)}",
-                xy=(began_s, highest + 0.26 * room),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="top",
-                fontsize=8.5,
-                color=_FAULT,
-                linespacing=1.35,
-            )
+        ax.axvspan(recovery.began_s - zero_s, recovery.wall_s - zero_s, color=_FAULT, alpha=0.16, linewidth=0)
+        ax.axvline(recovery.began_s - zero_s, color=_FAULT, linewidth=1.0)
+    _label_recoveries(ax, [recovery for recovery in recoveries if recovery.is_complete], zero_s, steps[-1].wall_s)
     if reference:
-        ax.legend(loc="lower left", frameon=False, fontsize=8.5, labelcolor=_INK)
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8, labelcolor=_INK)
     ax.set_ylabel("loss", fontsize=9, color=_INK)
     ax.set_xticklabels([])
+
+
+def _label_recoveries(ax: Axes, recoveries: Sequence[Recovery], zero_s: float, end_s: float) -> None:
+    """Write who and how long beside each mark: lower where the label before is close, shorter when there are many."""
+    width_s = max(end_s - zero_s, 1e-3)
+    level, free_s = 0, zero_s
+    for recovery in recoveries:
+        text = "rank " + ", ".join(map(str, recovery.lost))
+        if len(recoveries) <= _MAX_BARS:
+            text += f" {recovery.cause}\nback after {_duration(recovery.duration_ms)}"
+        is_late = recovery.began_s > zero_s + 0.83 * width_s
+        level = (level + 1) % 3 if recovery.began_s < free_s else 0
+        free_s = recovery.began_s + (0.0 if is_late else 0.02 * max(map(len, text.splitlines())) / 2.4 * width_s)
+        ax.annotate(
+            text,
+            xy=(recovery.began_s - zero_s, 0.985 - 0.12 * level),
+            xycoords=("data", "axes fraction"),
+            xytext=(-5 if is_late else 5, 0),
+            textcoords="offset points",
+            ha="right" if is_late else "left",
+            va="top",
+            fontsize=8.5,
+            color=_FAULT,
+            linespacing=1.35,
+        )
 
 
 def _draw_ranks(ax: Axes, recoveries: Sequence[Recovery], num_ranks: int, zero_s: float, end_s: float) -> None:
@@ -151,7 +166,7 @@ def _draw_ranks(ax: Axes, recoveries: Sequence[Recovery], num_ranks: int, zero_s
                 left=began_s - zero_s,
                 height=0.52,
                 color=color,
-                alpha=0.85 if number % 2 == 0 else 0.55,
+                alpha=0.9 if number % 2 == 0 else 0.72,
             )
             if gaps and lost_s - began_s > 0.07 * (end_s - zero_s):
                 ax.text(

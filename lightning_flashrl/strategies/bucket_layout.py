@@ -21,8 +21,9 @@ def read_layout(ddp: DistributedDataParallel) -> tuple[str, str]:
     Buckets are parameter indices in reduction order. Must be called by the program's thread, outside the backward pass:
     the reducer keeps its lock while it waits for a collective.
     """
+    assert ddp.logger is not None
     ddp.logger.set_runtime_stats_and_log()
-    told = ddp._get_ddp_logging_data()
+    told = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
     return told.get("rebuilt_per_bucket_param_indices") or "", told.get("prev_iteration_grad_ready_order_indices") or ""
 
 
@@ -59,9 +60,9 @@ def adopt_layout(ddp: DistributedDataParallel, layout: str, ready_order: str) ->
         with torch.enable_grad():
             # Autograd runs what was created last first, so the last of these is the first gradient to arrive.
             terms = [(parameters[index] * 0).sum().float() for index in reversed(order)]
-            torch.stack(terms).sum().backward()
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
         if ddp.static_graph:
-            ddp.reducer._delay_all_reduce()
+            ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined]
         for parameter in parameters:
             parameter.grad = None
         if layout:

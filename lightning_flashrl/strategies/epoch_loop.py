@@ -91,7 +91,8 @@ class FlashFitLoop(_FitLoop):
     def _load_combined_loader_states(self) -> None:
         super()._load_combined_loader_states()
         assert self._combined_loader is not None
-        self.session.position.begin_iterator(self.epoch_progress.current.processed, self._combined_loader.flattened)
+        epoch = self.epoch_progress.current.processed  # type: ignore[attr-defined]
+        self.session.position.begin_iterator(epoch, self._combined_loader.flattened)
 
     def on_advance_end(self) -> None:
         """The epoch's own hooks follow."""
@@ -110,5 +111,6 @@ def install_loops(session: FitSession, fit_loop: _FitLoop, module: LightningModu
     fit_loop.__class__ = FlashFitLoop
     fit_loop.epoch_loop.__class__ = FlashTrainingEpochLoop
     fit_loop.epoch_loop.automatic_optimization.__class__ = FlashAutomaticOptimization
-    for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization):
-        loop.session = session  # type: ignore[attr-defined]
+    loops: tuple[Any, ...] = (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization)
+    for loop in loops:
+        loop.session = session

@@ -139,9 +139,9 @@ class LocalState:
         for name, loop in loops.items():
             freezer.watch(loop, ("loop", name), _LOOP_REFERENCES)
         freezer.watch(trainer._logger_connector, "logger_connector", {"trainer"})
-        if trainer.datamodule is not None:
-            freezer.watch(trainer.datamodule, "datamodule", {"trainer", *_LIGHTNING_INTERNALS})
-        for index, callback in enumerate(trainer.callbacks):
+        if trainer.datamodule is not None:  # type: ignore[attr-defined]
+            freezer.watch(trainer.datamodule, "datamodule", {"trainer", *_LIGHTNING_INTERNALS})  # type: ignore[attr-defined]
+        for index, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
             freezer.watch(callback, ("callback", index), {"_fs"})
             for key, tree in _module_trees(callback):
                 self._watch_tree(tree, f"callback{index}.{key}")

@@ -83,11 +83,12 @@ class DataPosition:
         loaders = combined.flattened
         if not all(_is_plain(loader) and len(loader) >= count for loader in loaders):
             return False
-        if not all(isinstance(it, _SingleProcessDataLoaderIter) for it in iterator.iterators):
+        plain = [it for it in iterator.iterators if isinstance(it, _SingleProcessDataLoaderIter)]
+        if len(plain) < len(iterator.iterators):
             return False
-        for loader_iterator in iterator.iterators:
+        for loader_iterator in plain:
             for _ in range(count):
-                loader_iterator._next_index()
+                loader_iterator._next_index()  # type: ignore[no-untyped-call]
             loader_iterator._num_yielded += count
         iterator._idx += count
         fetcher.fetched += count

@@ -161,12 +161,12 @@ class FitSession:
     def _suppress_batch_start(self) -> None:
         """Hooks of ``on_train_batch_start`` were called by the predecessor; their effects are in the state."""
         trainer, module = self.trainer, self.trainer.lightning_module
-        callbacks = trainer.callbacks
-        trainer.callbacks = []
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = []  # type: ignore[attr-defined]
         module.on_train_batch_start = lambda *_: None  # type: ignore[method-assign]
 
         def restore() -> None:
-            trainer.callbacks = callbacks
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
             del module.on_train_batch_start
 
         self._restore_hooks = restore
@@ -261,7 +261,7 @@ class FitSession:
     def _publish(self, kind: ResumeKind, batch: int, outputs: Any = None, version: int | None = None) -> None:
         assert self._state is not None
         runtime = self.runtime
-        facts = {"loggers": capture_loggers(self.trainer), "layout": (self._layout, self._ready_order)}
+        facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer), "layout": (self._layout, self._ready_order)}
         facts["first_version"] = self._first_version
         runtime.publish(
             kind, batch, runtime.version if version is None else version, self._state.capture(outputs), facts

@@ -6,7 +6,7 @@ into its own: neither holds a second copy of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -71,7 +71,11 @@ def _restore(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _transmit(backend: Backend, tensor: torch.Tensor, peer: int, tag: int) -> None:
-    backend.send([tensor], peer, tag).wait()
+    backend.send([tensor], peer, tag).wait()  # type: ignore[attr-defined]
+
+
+def _take(backend: Backend, tensor: torch.Tensor, peer: int, tag: int) -> None:
+    backend.recv([tensor], peer, tag).wait()  # type: ignore[attr-defined]
 
 
 def send_state(
@@ -115,7 +119,7 @@ def _count(tree: Any) -> int:
 
 
 def receive_state(
-    backend: Backend, donor: int, parameters: list[torch.Tensor], device: torch.device
+    backend: Backend, donor: int, parameters: Sequence[torch.Tensor], device: torch.device
 ) -> tuple[int, Any]:
     """Receive into ``parameters`` and return (version, tree of further state).
 
@@ -123,9 +127,9 @@ def receive_state(
         RuntimeError: the donor was lost meanwhile, or its model has other parameters.
     """
     length = torch.zeros(1, dtype=torch.int64, device=device)
-    backend.recv([length], donor, _HEADER_TAG).wait()
+    _take(backend, length, donor, _HEADER_TAG)
     content = torch.empty(int(length.item()), dtype=torch.uint8, device=device)
-    backend.recv([content], donor, _HEADER_TAG).wait()
+    _take(backend, content, donor, _HEADER_TAG)
     header = msgspec.msgpack.decode(content.cpu().numpy().tobytes(), type=Header)
     num_parameters, tree = header.tree
     if num_parameters != len(parameters):
@@ -150,7 +154,7 @@ def receive_state(
                 if target.is_contiguous() and target.device == device
                 else torch.empty_like(target, device=device).contiguous()
             )
-            backend.recv([buffer], donor, _TENSOR_TAG).wait()
+            _take(backend, buffer, donor, _TENSOR_TAG)
             if buffer is not target:
                 with torch.no_grad():
                     target.copy_(buffer)

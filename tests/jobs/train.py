@@ -38,6 +38,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 import lightning_flashrl  # noqa: E402, F401
 from lightning_flashrl.communicator.holding import Communicator  # noqa: E402
