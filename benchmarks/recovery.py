@@ -10,8 +10,8 @@ caught up             the step in flight at the kill is committed by all who tak
 redone                committed steps that a rank had to run again
 ===================== =============================================================================================
 
-Rounds are interleaved: every system once, then every system again. A run is rejected when a fixed job, before or after
-it, took more than 1.5 times its CPU time.
+Rounds are interleaved: every system once, then every system again. A run beside other load is rejected and
+done again (contention.py).
 
     python benchmarks/recovery.py
 """
@@ -37,8 +37,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "jobs"))
 
-import contention
 import report
+from contention import Contention, Watch
 from launchers import Flash, FlashCold, InProcess, JobSize, Launcher, StockDDP, Torchft, TorchftStock, Torchrun
 from report import Spread, show
 from step_log import Event, read_events
@@ -76,8 +76,8 @@ class Run:
         weights: digests of the final parameters.
         problem: last line that a job which did not get to the kill, or to its end, has printed.
         stages_ms: flash_ddp's own account of the recovery.
-        wall_over_cpu: of the fixed job, worst of before and after.
-        foreign_cores: used by other programs meanwhile.
+        contention: what else ran on the machine.
+        is_rejected: whether that was too much.
     """
 
     system: str
@@ -93,8 +93,7 @@ class Run:
     is_finished: bool = False
     weights: list[str] = field(default_factory=list)
     stages_ms: dict[str, float] = field(default_factory=dict)
-    wall_over_cpu: float = 0.0
-    foreign_cores: float = 0.0
+    contention: Contention | None = None
     is_rejected: bool = False
     problem: str = ""
 
@@ -108,8 +107,7 @@ def run_job(
     folder = Path(tempfile.mkdtemp(prefix=f"recovery-{kind.name}-"))
     num_steps = NUM_TORCHFT_STEPS if issubclass(kind, Torchft) else NUM_STEPS
     job = kind(JobSize(folder, num_ranks, num_steps))
-    before = contention.calibrate()
-    watch = contention.Watch.now()
+    watch = Watch.begin()
     job.start()
     try:
         deadline_s = time.monotonic() + DEADLINE_S
@@ -127,8 +125,7 @@ def run_job(
         run.is_finished = not job.is_running() and any(event.kind == "end" for event in read_events(folder))
     finally:
         job.stop()
-    run.foreign_cores = watch.foreign_cores()
-    run.wall_over_cpu = round(max(before, contention.calibrate()), 2)
+    run.contention = watch.end()
     events = read_events(folder)
     run.weights = sorted({event.weights for event in events if event.kind == "end"})
     run.num_crashed = sum(p.returncode not in (0, -signal.SIGKILL, -signal.SIGTERM) for p in job.processes)
@@ -212,8 +209,8 @@ def run_all(arguments: argparse.Namespace) -> tuple[list[Run], dict[str, str]]:
             victim = (1 + round_index) % num_ranks if is_killed else -1
             kill_at = KILL_AT[round_index % len(KILL_AT)]
             to_end = not issubclass(kind, Torchft) or round_index == 0
-            run = run_job(kind, num_ranks, victim, kill_at, to_end=to_end, keep=arguments.keep)
-            run.is_rejected = run.wall_over_cpu > arguments.limit
+            run = run_job(kind, num_ranks, victim, kill_at, to_end=to_end, keep=arguments.folders)
+            run.is_rejected = run.contention is not None and run.contention.is_too_much and not arguments.keep_all
             runs.append(run)
             print(_line(run), file=sys.stderr, flush=True)
             if not run.is_rejected:
@@ -237,7 +234,7 @@ def _line(run: Run) -> str:
     return (
         f"{run.system} × {run.num_ranks}: first commit {run.first_commit_s} s, full {run.full_s} s, "
         f"caught up {run.caught_up_s} s, {run.num_redone} redone, step {run.step_ms:.0f} ms, "
-        f"wall/cpu {run.wall_over_cpu}{', rejected' if run.is_rejected else ''} {run.problem}"
+        f"{run.contention}{', rejected' if run.is_rejected else ''} {run.problem}"
     )
 
 
@@ -356,9 +353,9 @@ def main() -> None:
     parser.add_argument("--side-repeats", type=int, default=1, help="rounds of the other systems")
     names = [kind.name for kind in (*MAIN, *SIDE)]
     parser.add_argument("--systems", nargs="+", choices=names, default=names)
-    parser.add_argument("--limit", type=float, default=contention.LIMIT, help="wall over CPU time of a fixed job")
+    parser.add_argument("--keep-all", action="store_true", help="reject no run, whatever else the machine did")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--keep", type=Path, default=None, help="copy the folders of all jobs here")
+    parser.add_argument("--folders", type=Path, default=None, help="copy the folders of all jobs here")
     arguments = parser.parse_args()
     runs, problems = run_all(arguments)
     rows = summarize(runs)

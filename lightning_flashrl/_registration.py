@@ -18,6 +18,7 @@ from typing import Any
 _STRATEGIES = "lightning.pytorch.strategies"
 _NAMES = {
     "flash_ddp": "DDP in which any rank may die: survivors stay in fit, only the dead rank is replaced",
+    "flash_ddp_notebook": "flash_ddp whose ranks are forked from the running interpreter, for notebooks",
 }
 
 

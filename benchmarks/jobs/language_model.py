@@ -39,9 +39,9 @@ class Shape:
 
 SHAPES = {
     "recovery": Shape(vocabulary=8192, width=256, depth=8, length=32, batch_size=4),
-    "5ms": Shape(vocabulary=256, width=64, depth=1, length=16, batch_size=2),
-    "50ms": Shape(vocabulary=1024, width=128, depth=4, length=32, batch_size=4),
-    "500ms": Shape(vocabulary=8192, width=256, depth=8, length=64, batch_size=6),
+    "5ms": Shape(vocabulary=256, width=64, depth=1, length=8, batch_size=1),
+    "50ms": Shape(vocabulary=1024, width=128, depth=4, length=64, batch_size=5),
+    "500ms": Shape(vocabulary=8192, width=256, depth=8, length=64, batch_size=8),
 }
 """``recovery`` has 10.5 million parameters; the others are named after their step time on two cores."""
 

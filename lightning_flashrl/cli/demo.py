@@ -177,7 +177,7 @@ class Watch:
     def _compare(self, steps: Sequence[Step]) -> None:
         if self._expected:
             num_equal = sum(self._expected.get(step.step) == step.loss for step in steps)
-            self._view.note = f"{num_equal} of {len(steps)} losses equal those with faults, in every bit"
+            self._view.note = f"{num_equal} losses equal to the bit, {len(steps) - num_equal} not"
 
     def _strike(self, steps: Sequence[Step]) -> None:
         if not self._strikes or not steps:
@@ -234,13 +234,9 @@ def draw_ends(first: Outcome, second: Outcome) -> Table:
         table.add_row(name, str(left), str(right), verdict)
 
     for key, name in _COMPARED:
-        shared = key != "rng"
-        for rank in (
-            [0]
-            if shared and all(len({end[key] for end in o.ends.values()}) == 1 for o in (first, second))
-            else first.ends
-        ):
-            label = f"{name} (all ranks)" if shared else f"{name} of rank {rank}"
+        is_shared = all(len({end[key] for end in outcome.ends.values()}) == 1 for outcome in (first, second))
+        for rank in [0] if is_shared else sorted(first.ends):
+            label = f"{name} (all ranks)" if is_shared else f"{name} of rank {rank}"
             add(label, first.ends[rank][key][:16], second.ends[rank][key][:16])
     add("last loss", first.ends[0]["loss"], second.ends[0]["loss"])
     add("validation loss", first.ends[0]["val_loss"], second.ends[0]["val_loss"])

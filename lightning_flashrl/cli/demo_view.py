@@ -77,6 +77,8 @@ class View:
             text: what happened.
             style: rich style of the text.
         """
+        if self._live is not None:
+            text = text.partition(" [ms:")[0]  # a bar shows them
         line = Text.assemble((f"{at_s:6.1f} s  ", "dim"), (text, style))
         self._events.append(line)
         if self._live is None:

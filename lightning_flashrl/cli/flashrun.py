@@ -31,6 +31,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import zmq
 
 from lightning_flashrl.errors import ConfigurationError
@@ -39,7 +40,7 @@ from lightning_flashrl.recovery.slot import RankSlot
 from lightning_flashrl.supervisor.agent import Agent
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.device_health import find_device_health
-from lightning_flashrl.supervisor.environment import RankEnvironment
+from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
 from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.preload import core_modules, scan_program
@@ -48,7 +49,7 @@ from lightning_flashrl.supervisor.security import JobKeys
 from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
 
 SECRET_VARIABLE = "FLASHRL_JOB_SECRET"
-DEFAULT_SLOT_MB = 64
+CHAOS_VARIABLE = "FLASHRL_CHAOS"
 _DEFAULT_PORT = 29500
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -170,6 +171,22 @@ def parse_streams(text: str, num_ranks: int) -> list[bool]:
             if local_rank < num_ranks:
                 answers[local_rank] = part[-1] != "0"
     return answers
+
+
+def chaos_lines(flags: Sequence[str]) -> tuple[str, ...]:
+    """Faults of ``FLASHRL_CHAOS`` (a JSON list; for programs that start their own ranks), then those of the flags.
+
+    Raises:
+        ConfigurationError: the variable holds something else.
+    """
+    text = os.environ.get(CHAOS_VARIABLE, "[]")
+    try:
+        lines = msgspec.json.decode(text, type=list[str])
+    except msgspec.MsgspecError as error:
+        raise ConfigurationError(
+            f"{CHAOS_VARIABLE}={text!r} is not a JSON list of faults; write '[\"kill rank=1 step=33\"]'"
+        ) from error
+    return (*lines, *flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +329,7 @@ def run(arguments: argparse.Namespace) -> int:
     log_dir = None if log_dir is None else os.path.abspath(log_dir)
     settings = _agent_settings(arguments, place, num_ranks, log_dir)
     program = scan_program(arguments.program, is_module=arguments.module)
-    region_bytes = int(os.environ.get("FLASHRL_SLOT_MB", DEFAULT_SLOT_MB)) << 20
+    region_bytes = slot_region_bytes()
     slots = [RankSlot(RankSlot.create(local_rank, region_bytes), region_bytes) for local_rank in range(num_ranks)]
     environment = RankEnvironment(
         base=os.environ,
@@ -322,7 +339,7 @@ def run(arguments: argparse.Namespace) -> int:
         slot_fds=[slot.fd for slot in slots],
         region_bytes=region_bytes,
         log_dir=log_dir,
-        chaos=tuple(arguments.chaos),
+        chaos=chaos_lines(arguments.chaos),
     )
     job = JobSettings(
         num_nodes=place.num_nodes,

@@ -32,6 +32,8 @@ from lightning_flashrl.communicator.collectives import BufferPool, Collective, f
 from lightning_flashrl.errors import RankLostError, ReplayMismatchError
 
 _NO_TIMEOUT = timedelta(0)
+DEFAULT_GROUP = "0"
+"""Name of the group of all ranks."""
 
 
 class Call:
@@ -467,7 +469,7 @@ class Communicator:
 
     def on_issued(self) -> None:
         """A call was issued: tell the heartbeat, and the recovery that may wait for the program to arrive."""
-        default = self.groups.get("0")
+        default = self.groups.get(DEFAULT_GROUP)
         if default is not None:
             self._on_seq(default.next_seq)
         with self._parked:
@@ -628,6 +630,11 @@ class Communicator:
         if not is_complete:
             self._replay_known.clear()
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether a journal still answers for this newcomer."""
+        return bool(self._journal) and self._replay_until is None
+
     def limit_replay(self, redo_from: Mapping[str, int]) -> None:
         """From these numbers on collectives are real."""
         self._replay_until = dict(redo_from)
@@ -668,24 +675,35 @@ class Communicator:
 def make_default(communicator: Communicator, rank: int, world_size: int, connect: bool) -> HoldingProcessGroup:
     """Install a holding group as the default process group of ``torch.distributed``.
 
-    ``get_backend()`` reports the native backend's name, so that code which asks takes the same path as without us.
+    Groups made later with ``new_group`` hold as well. ``get_backend()`` reports the native backend's name for all of
+    them, so that code which asks takes the same path as without us.
     """
-    world = dist.distributed_c10d._world
-    created: list[HoldingProcessGroup] = []
+    c10d = dist.distributed_c10d
+    native = communicator.transport.backend
+    name = f"flash{native}"
 
     def create(options: Any, _: Any = None) -> HoldingProcessGroup:
-        group_id = str(len(communicator.groups))
+        is_first = DEFAULT_GROUP not in communicator.groups
         ranks = list(options.global_ranks_in_group) or list(range(world_size))
-        group = communicator.create_group(group_id, options.group_rank, ranks, connect=connect if not created else True)
-        created.append(group)
-        return group
+        if is_first:
+            return communicator.create_group(DEFAULT_GROUP, options.group_rank, ranks, connect=connect)
+        communicator.await_replay_limit()
+        return communicator.create_group(
+            f"g{options.group_id}", options.group_rank, ranks, connect=not communicator.is_replaying
+        )
 
-    name = f"flash{communicator.transport.backend}"
-    if name.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(name, create, extended_api=True, devices=[communicator.transport.device_type])
-    else:
-        dist.Backend._plugins[name.upper()] = dist.Backend._BackendPlugin(create, True)
-    dist.init_process_group(name, store=HashStore(), rank=rank, world_size=world_size)
-    group = created[0]
-    world.pg_map[group] = (communicator.transport.backend, world.pg_map[group][1])
-    return group
+    make_group = c10d._new_process_group_helper
+
+    def make_holding_group(size: int, group_rank: int, ranks: list[int], backend: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(backend) != native:
+            return make_group(size, group_rank, ranks, backend, *args, **kwargs)
+        group, store = make_group(size, group_rank, ranks, name, *args, **kwargs)
+        if isinstance(group, HoldingProcessGroup):
+            c10d._world.pg_map[group] = (native, c10d._world.pg_map[group][1])
+        return group, store
+
+    dist.Backend._plugins.pop(name.upper(), None)
+    dist.Backend.register_backend(name, create, extended_api=True, devices=[communicator.transport.device_type])
+    c10d._new_process_group_helper = make_holding_group
+    dist.init_process_group(native, store=HashStore(), rank=rank, world_size=world_size)
+    return communicator.groups[DEFAULT_GROUP]

@@ -54,7 +54,7 @@ def restore_rng(states: tuple[Any, ...], device: torch.device | None = None) -> 
 # ---------------------------------------------------------------------- tensors by value
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The tensor's values as bytes, in row order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

@@ -24,6 +24,8 @@ def capture_loggers(trainer: Trainer) -> list[dict[str, Any]]:
 
 def _capture(logger: Any, writes: bool) -> dict[str, Any]:
     state: dict[str, Any] = {"version": getattr(logger, "_version", None)}
+    if writes and hasattr(logger, "_wandb_init") and logger._experiment is not None:
+        state["run_id"] = logger._experiment.id
     if writes and isinstance(logger, CSVLogger) and logger._experiment is not None:
         writer = logger._experiment
         path = writer.metrics_file_path
@@ -54,6 +56,8 @@ def _adopt_versions(trainer: Trainer, states: list[dict[str, Any]]) -> None:
     for logger, state in zip(trainer.loggers, states, strict=False):
         if state.get("version") is not None and hasattr(logger, "_version"):
             logger._version = state["version"]
+        if state.get("run_id") is not None and hasattr(logger, "_wandb_init"):
+            logger._wandb_init.update(id=state["run_id"], resume="allow")
         written = state.get("csv")
         if written is not None and isinstance(logger, CSVLogger) and os.path.exists(written["path"]):
             with open(written["path"], "rb") as file:

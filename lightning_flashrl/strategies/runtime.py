@@ -37,7 +37,7 @@ from torch._C._distributed_c10d import Backend
 
 from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import Transport
-from lightning_flashrl.communicator.holding import Communicator, HoldingProcessGroup, make_default
+from lightning_flashrl.communicator.holding import DEFAULT_GROUP, Communicator, HoldingProcessGroup, make_default
 from lightning_flashrl.errors import NoDonorError
 from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
@@ -97,6 +97,8 @@ class RecoveryRuntime:
         self.version = 0
         """Optimizer updates contained in this rank's parameters and optimizer state."""
         self.ordinal = 0
+        self._files: list[tuple[int, str]] = []
+        self._last_commit_ordinal = 0
         self.num_fits = 0
         """Fits that this program has ended."""
         self.section: dict[str, int] = {}
@@ -219,7 +221,7 @@ class RecoveryRuntime:
         """For each group, how many of its first collectives have a recorded result."""
         journal = self._read_journal()
         lengths: dict[str, int] = {}
-        for group in {group for group, _ in journal} | {"0"}:
+        for group in {group for group, _ in journal} | {DEFAULT_GROUP}:
             length = 0
             while journal.get((group, length), ("", None))[1] is not None:
                 length += 1
@@ -276,7 +278,7 @@ class RecoveryRuntime:
         if self._is_single_host:
             self._await_slots(version)
         else:
-            self.communicator.groups["0"].barrier().wait()
+            self.communicator.groups[DEFAULT_GROUP].barrier().wait()
         with self._update_lock:
             self._is_updating = True
         self._agree_on_stop(version)
@@ -435,15 +437,30 @@ class RecoveryRuntime:
             return self._plans[quorum_id]
 
     def _take_part(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
-        communicator = self.communicator
-        for group_id in sorted(communicator.groups, key=int):
-            with _stage(timings, "rendezvous"):
-                native = communicator.reconnect(group_id, changed)
-            if group_id == "0":
-                with _stage(timings, "transfer"):
-                    self._give(plan, native, changed)
-            with _stage(timings, "redo"):
-                communicator.redo(group_id, native, plan.redo_from.get(group_id, 0), changed)
+        """Survivors: form every group anew; each group on its own, for a newcomer may still have to create some."""
+        others = [group_id for group_id in self.communicator.groups if group_id != DEFAULT_GROUP]
+        failures: list[RuntimeError] = []
+
+        def rejoin(group_id: str) -> None:
+            try:
+                native = self.communicator.reconnect(group_id, changed)
+                self.communicator.redo(group_id, native, plan.redo_from.get(group_id, 0), changed)
+            except RuntimeError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=rejoin, args=(group_id,), daemon=True) for group_id in others]
+        for thread in threads:
+            thread.start()
+        with _stage(timings, "rendezvous"):
+            native = self.communicator.reconnect(DEFAULT_GROUP, changed)
+        with _stage(timings, "transfer"):
+            self._give(plan, native, changed)
+        with _stage(timings, "redo"):
+            self.communicator.redo(DEFAULT_GROUP, native, plan.redo_from.get(DEFAULT_GROUP, 0), changed)
+            for thread in threads:
+                thread.join()
+        if failures:
+            raise failures[0]
 
     def _give(self, plan: RecoveryPlan, native: Backend, changed: threading.Event) -> None:
         mine = [rank for rank, donor in sorted(plan.donors.items()) if donor == self.client.global_rank]
@@ -467,7 +484,7 @@ class RecoveryRuntime:
     def _join_setup(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         """The predecessor died before training: take part in what it missed."""
         communicator = self.communicator
-        for group_id in sorted(communicator.groups, key=int):
+        for group_id in list(communicator.groups):
             with _stage(timings, "rendezvous"):
                 native = communicator.reconnect(group_id, changed)
             group = communicator.groups[group_id]
@@ -482,7 +499,7 @@ class RecoveryRuntime:
         point = plan.entries[self.client.global_rank]
         published = next(p for p in self._published if p.point == point)
         with _stage(timings, "rendezvous"):
-            native = self.communicator.reconnect("0", changed)
+            native = self.communicator.reconnect(DEFAULT_GROUP, changed)
         self._entry_timings = timings
         self._entry = Entry(published, plan.donors[self.client.global_rank], native, changed)
         self._entry_ready.set()
@@ -537,10 +554,10 @@ class RecoveryRuntime:
         communicator.end_replay()
         communicator.enter(point.seqs)
         changed = entry.changed
-        others = [group_id for group_id in sorted(communicator.groups, key=int) if group_id != "0"]
+        others = [group_id for group_id in communicator.groups if group_id != DEFAULT_GROUP]
         try:
             natives = {
-                "0": entry.native,
+                DEFAULT_GROUP: entry.native,
                 **{group_id: communicator.reconnect(group_id, changed) for group_id in others},
             }
         except RuntimeError:
@@ -561,12 +578,22 @@ class RecoveryRuntime:
     def note_file(self, path: str) -> None:
         """A file is about to be written that a replacement would write again."""
         if not os.path.exists(path):
-            self.slot.append(Region.FILES, os.fsencode(path))
+            self._files.append((self.ordinal, path))
+            self.slot.write(Region.FILES, [pickle.dumps(self._files, protocol=5)])
 
-    def remove_later_files(self) -> None:
-        """Remove what the predecessor wrote after its last commit: it is about to be written again."""
-        for record in self.slot.records(Region.FILES):
-            path = os.fsdecode(record)
+    def forget_files(self) -> None:
+        """A commit was published: files from before the commit before it will not be written again."""
+        if self._files:
+            self._files = [(ordinal, path) for ordinal, path in self._files if ordinal >= self._last_commit_ordinal]
+            self.slot.write(Region.FILES, [pickle.dumps(self._files, protocol=5)])
+        self._last_commit_ordinal = self.ordinal
+
+    def remove_later_files(self, ordinal: int) -> None:
+        """Remove what the predecessor wrote after resume point ``ordinal``: it is about to be written again."""
+        noted = self.slot.read(Region.FILES)
+        for written, path in pickle.loads(noted) if noted else []:  # our own memory
+            if written < ordinal:
+                continue
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
             elif os.path.exists(path):

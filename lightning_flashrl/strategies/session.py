@@ -13,7 +13,6 @@ from lightning.pytorch.loops.optimization.automatic import Closure
 from torch._C._distributed_c10d import Backend
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_flashrl.recovery.slot import Region
 from lightning_flashrl.strategies.bucket_layout import adopt_layout, read_layout
 from lightning_flashrl.strategies.epoch_loop import FlashTrainingEpochLoop
 from lightning_flashrl.strategies.local_state import LocalState
@@ -143,7 +142,7 @@ class FitSession:
     def _restore(self, published: Published, fetcher: _DataFetcher) -> None:
         assert self._state is not None
         restore_loggers(self.trainer, published.facts.get("loggers", []))
-        self.runtime.remove_later_files()
+        self.runtime.remove_later_files(published.ordinal)
         self._state.restore(published.schema, published.content)
         if published.point.kind is not ResumeKind.COMMIT:
             self.position.seek(fetcher, self.position.consumed)
@@ -206,7 +205,7 @@ class FitSession:
         """All ranks publish, then each keeps a copy of what this batch may update."""
         version = self._first_version + 2 * batch + 1
         self._publish(ResumeKind.BATCH_START, batch, version=version)
-        self.runtime.slot.clear(Region.FILES)
+        self.runtime.forget_files()
         self.runtime.await_commit(version)
         self._copy_batch_start()
         self.runtime.committed(version)
@@ -279,7 +278,7 @@ class FitSession:
         version = self.runtime.version + 1
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         self._publish(ResumeKind.COMMIT, batch, outputs, version)
-        self.runtime.slot.clear(Region.FILES)
+        self.runtime.forget_files()
         self.runtime.await_commit(version)
         self.runtime.enter_phase(Phase.OPTIMIZER_STEP)
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lightning_flashrl import clock, errors
-from lightning_flashrl.errors import NoDonorError, RecoveryBudgetExhaustedError
+from lightning_flashrl.errors import FatalError, NoDonorError, RecoveryBudgetExhaustedError, UserCodeError
 from lightning_flashrl.recovery.planner import plan_recovery
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.budget import DEFAULT_MAX_FAULTS, DEFAULT_WINDOW_S, FaultBudget
@@ -124,6 +124,8 @@ class Controller:
     def __init__(self, settings: JobSettings, choose_port: Callable[[], int]) -> None:
         self.state = JobState.JOINING
         self.exit_code = 0
+        self.error: FatalError | None = None
+        """Why the job failed, if it did."""
         self.quorum_id = 0
         self._settings = settings
         self._choose_port = choose_port
@@ -270,7 +272,7 @@ class Controller:
                 self._budget.num_faults, self._budget.max_faults, self._budget.window_s, self._newest_checkpoint
             )
             self._tell(f"rank {lost.global_rank} lost: {lost.reason}")
-            self._fail(f"RecoveryBudgetExhaustedError: {error}")
+            self._fail(f"RecoveryBudgetExhaustedError: {error}", error=error)
             return
         unrestored: dict[int, LostRank] = {}
         if self._recovery is not None:
@@ -304,7 +306,7 @@ class Controller:
         try:
             plan = plan_recovery(self.quorum_id, recovery.reports, self._newest_checkpoint)
         except NoDonorError as error:
-            self._without_donor(f"NoDonorError: {error}", "")
+            self._without_donor(f"NoDonorError: {error}", "", error)
             return
         recovery.plan = plan
         self._send(None, protocol.PlanReady(plan))
@@ -326,14 +328,14 @@ class Controller:
         self._send(None, record)
         self._tell(describe(record))
 
-    def _without_donor(self, text: str, remedy: str) -> None:
+    def _without_donor(self, text: str, remedy: str, error: FatalError | None = None) -> None:
         """In-place recovery is impossible: fall back to a checkpoint when the user wants that, else stop."""
         if self._fallback == "last" and self._newest_checkpoint is not None:
             self._resume_checkpoint = self._newest_checkpoint
             self._tell(f"{text}\n→ everything starts again from {self._newest_checkpoint}")
             self._restart_all()
         else:
-            self._fail(f"{text}; {remedy}" if remedy else text)
+            self._fail(f"{text}; {remedy}" if remedy else text, error=error)
 
     # ------------------------------------------------------------------ exceptions and exits
     def _on_raised(self, global_rank: int, raised: protocol.Raised) -> None:
@@ -345,11 +347,11 @@ class Controller:
             self._begin_recovery(lost, 0.0)
             return
         self._raised.add(global_rank)
-        text = f"rank {global_rank} raised:\n{raised.traceback.rstrip()}"
+        error = UserCodeError(global_rank, raised.traceback.rstrip())
         if self._uses_flash:
-            self._fail(text, exit_code=raised.exit_code)
+            self._fail(str(error), exit_code=raised.exit_code, error=error)
         else:
-            self._restart_plain(text, raised.exit_code)
+            self._restart_plain(str(error), raised.exit_code)
 
     def _may_be_consequence(self, global_rank: int, traceback: str) -> bool:
         if self._recovery is None or global_rank in self._recovery.lost:
@@ -392,7 +394,8 @@ class Controller:
         elif self.state is JobState.STOPPING:
             self.state = JobState.DONE
 
-    def _fail(self, text: str, *, exit_code: int = 1) -> None:
+    def _fail(self, text: str, *, exit_code: int = 1, error: FatalError | None = None) -> None:
+        self.error = error or FatalError(text)
         self._stop(exit_code or 1, text, signal_number=_SIGTERM, grace_s=FAILURE_GRACE_S)
 
     def _stop(self, exit_code: int, text: str, *, signal_number: int, grace_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,13 @@ _NOT_INHERITED = (
     "FLASHRL_NO_PYTHON",
     "FLASHRL_LOG_PATH",
 )
+
+DEFAULT_SLOT_MB = 64
+
+
+def slot_region_bytes() -> int:
+    """Return the capacity of each region of a rank's slot, as the user set it."""
+    return int(os.environ.get("FLASHRL_SLOT_MB", DEFAULT_SLOT_MB)) << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

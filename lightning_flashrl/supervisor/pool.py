@@ -194,6 +194,11 @@ class StandbyPool:
                 return
             self._waiting.append(candidate)
             self._loop.add_reader(candidate.channel.fileno(), functools.partial(self._on_candidate, candidate))
+            self._watch_exit(candidate)
+
+    def _watch_exit(self, candidate: Candidate) -> None:
+        if candidate.process is not None:
+            self._loop.add_reader(candidate.process.pidfd, functools.partial(self._on_candidate_exit, candidate))
 
     def _on_candidate(self, candidate: Candidate) -> None:
         for payload in candidate.channel.receive():
@@ -201,9 +206,7 @@ class StandbyPool:
                 message = protocol.decode_rank_message(payload)
                 if isinstance(message, protocol.Ready):
                     candidate.process = Process(message.pid)
-                    self._loop.add_reader(
-                        candidate.process.pidfd, functools.partial(self._on_candidate_exit, candidate)
-                    )
+                    self._watch_exit(candidate)
         if not candidate.channel.is_open:
             self._loop.remove(candidate.channel.fileno())
             if candidate.process is None:

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.channel import rank_channel
@@ -43,15 +43,24 @@ def redirect_output(log_path: str | None) -> None:
 
 
 def run_program(argv: Sequence[str], *, is_module: bool) -> None:
-    """Execute the program as ``__main__``. Whatever ends it leaves this function after it was reported."""
+    """Execute the program as ``__main__``, with its end reported."""
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv[:] = argv
     sys.excepthook = _show_without_own_frames
-    let_workers_die_with_rank()
-    try:
+
+    def program() -> None:
         code = _load_module(main, argv[0]) if is_module else _load_script(main, argv[0])
         exec(code, main.__dict__)
+
+    run_reported(program)
+
+
+def run_reported(program: Callable[[], None]) -> None:
+    """Call the rank's program. Whatever ends it leaves this function after it was reported."""
+    let_workers_die_with_rank()
+    try:
+        program()
     except SystemExit as error:
         _report_exit(error)
         raise

@@ -85,14 +85,22 @@ def serve(control: socket.socket, agent_pid: int) -> RankChannel | None:
 
 
 def await_order(channel: RankChannel) -> protocol.Order | None:
-    """Say that this process waits, and wait until it is told which rank to be."""
-    channel.send(protocol.encode(protocol.Ready(os.getpid())))
+    """Wait until this process is told which rank to be; ``None`` means that it is not needed."""
     while (payloads := channel.receive()) is not None:
         for payload in payloads:
             message = protocol.decode_to_rank(payload)
             if isinstance(message, protocol.Order):
                 return message
     return None
+
+
+def take_seat(channel: RankChannel, order: protocol.Order) -> None:
+    """Take over the environment, the channel and the log of the rank that this process becomes."""
+    os.environ.clear()
+    os.environ.update(order.environ)
+    os.environ["FLASHRL_CONTROL_FD"] = str(channel.fileno())
+    adopt_channel(channel)
+    redirect_output(order.log_path)
 
 
 def main() -> None:
@@ -111,16 +119,15 @@ def main() -> None:
     gc.freeze()
     control.send(READY)
     channel = serve(control, agent_pid)
-    order = None if channel is None else await_order(channel)
-    if channel is None or order is None:
+    if channel is None:
+        return
+    channel.send(protocol.encode(protocol.Ready(os.getpid())))
+    order = await_order(channel)
+    if order is None:
         return
     gc.enable()
-    os.environ.clear()
-    os.environ.update(order.environ)
-    os.environ["FLASHRL_CONTROL_FD"] = str(channel.fileno())
-    adopt_channel(channel)
+    take_seat(channel, order)
     look_fresh()
-    redirect_output(order.log_path)
     run_program(order.argv, is_module=order.is_module)
 
 
