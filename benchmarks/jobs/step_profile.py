@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_flashrl.communicator.collectives import Collective
-from lightning_flashrl.communicator.holding import Communicator, HoldingProcessGroup
+from lightning_flashrl.communicator.communicator import Communicator
+from lightning_flashrl.communicator.holding import HoldingProcessGroup
 from lightning_flashrl.recovery import slot, snapshot
 from lightning_flashrl.strategies import local_state, session
 from lightning_flashrl.strategies.runtime import RecoveryRuntime

@@ -110,19 +110,18 @@ class _MemoryFile:
 
 def _check_forkable() -> None:
     """Raise when a copy of this process could not become a rank."""
-    remedy = "restart the kernel (or the interpreter) and"
     for kind in ("cuda", "npu", "xpu"):
         module = getattr(torch, kind, None)
         if module is not None and module.is_initialized():
             raise ConfigurationError(
                 f"strategy='flash_ddp_notebook' forks its ranks from this process, and {kind.upper()} is initialized "
-                f"in it, which no fork survives; {remedy} move nothing to a device and call no torch.{kind} function "
-                "before the Trainer does"
+                f"in it, which no fork survives; restart the kernel, then fit before anything is moved to a device and "
+                f"before any function of torch.{kind} is called"
             )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ConfigurationError(
             "strategy='flash_ddp_notebook' forks its ranks from this process, and torch.distributed is initialized in "
-            f"it; {remedy} leave process groups to the Trainer, or call torch.distributed.destroy_process_group()"
+            "it; call torch.distributed.destroy_process_group() first"
         )
 
 

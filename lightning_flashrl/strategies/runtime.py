@@ -37,7 +37,9 @@ from torch._C._distributed_c10d import Backend
 
 from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import Transport
-from lightning_flashrl.communicator.holding import DEFAULT_GROUP, Communicator, HoldingProcessGroup, make_default
+from lightning_flashrl.communicator.communicator import Communicator
+from lightning_flashrl.communicator.holding import DEFAULT_GROUP, HoldingProcessGroup
+from lightning_flashrl.communicator.install import make_default
 from lightning_flashrl.errors import NoDonorError
 from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.connection
 import multiprocessing.util
 import os
+import secrets
 import signal
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_flashrl import clock
 
@@ -47,6 +50,29 @@ def let_workers_die_with_rank() -> None:
 
     os.register_at_fork(before=before_fork)
     multiprocessing.util.register_after_fork(_libc, in_worker)
+
+
+def let_workers_leave_no_files() -> None:
+    """Let the sockets over which worker processes pass descriptors have no name in the file system.
+
+    ``multiprocessing`` makes a folder for each, and a worker that is killed leaves it. Only listeners that ask for a
+    key are changed: a folder keeps strangers out, an abstract address does not.
+    """
+    listener = multiprocessing.connection.Listener
+    begin = listener.__init__
+
+    def begin_abstract(
+        self: multiprocessing.connection.Listener,
+        address: Any = None,
+        family: str | None = None,
+        backlog: int = 1,
+        authkey: bytes | None = None,
+    ) -> None:
+        if address is None and family in (None, "AF_UNIX") and authkey is not None:
+            address = f"\0flashrl-{os.getpid()}-{secrets.token_hex(8)}"
+        begin(self, address, family, backlog, authkey)
+
+    listener.__init__ = begin_abstract  # type: ignore[method-assign]
 
 
 def die_with_parent(parent_pid: int) -> None:

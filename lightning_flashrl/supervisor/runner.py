@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.channel import rank_channel
-from lightning_flashrl.supervisor.process import die_with_parent, let_workers_die_with_rank
+from lightning_flashrl.supervisor.process import die_with_parent, let_workers_die_with_rank, let_workers_leave_no_files
 
 _OWN_FILES = (
     __file__,
@@ -59,6 +59,7 @@ def run_program(argv: Sequence[str], *, is_module: bool) -> None:
 def run_reported(program: Callable[[], None]) -> None:
     """Call the rank's program. Whatever ends it leaves this function after it was reported."""
     let_workers_die_with_rank()
+    let_workers_leave_no_files()
     try:
         program()
     except SystemExit as error:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from lightning_flashrl.communicator import GlooTransport, NcclTransport, Transport
 from lightning_flashrl.communicator.collectives import BufferPool, Collective, flatten
-from lightning_flashrl.communicator.holding import Communicator, make_default
+from lightning_flashrl.communicator.communicator import Communicator
+from lightning_flashrl.communicator.install import make_default
 from lightning_flashrl.testing.conformance import check_transport
 
 sys.path.insert(0, str(Path(__file__).parent))

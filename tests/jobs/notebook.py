@@ -133,7 +133,9 @@ def digest(name: str, model: Model, trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def fit(name: str, *, strategy: Any = "flash_ddp_notebook", callbacks: Any = (), num_workers: int = 0, **of_model: Any) -> Any:
+def fit(
+    name: str, *, strategy: Any = "flash_ddp_notebook", callbacks: Any = (), num_workers: int = 0, **of_model: Any
+) -> Any:
     L.seed_everything(3, verbose=False)
     model, trainer = Model(**of_model), make_trainer(name, strategy, callbacks)
     trainer.fit(model, loader(num_workers), loader())
@@ -206,7 +208,12 @@ def other_functions() -> Any:
         trainer.predict(model, loader(), return_predictions=True)
     except ValueError as error:
         refused = str(error)
-    return {"validated": validated, "metrics": list(map(str, trainer.callback_metrics)), "predicted": predicted, "refused": refused}
+    return {
+        "validated": validated,
+        "metrics": list(map(str, trainer.callback_metrics)),
+        "predicted": predicted,
+        "refused": refused,
+    }
 
 
 def after_the_fit() -> Any:
@@ -259,7 +266,10 @@ def kept_logs() -> Any:
     faults = FaultSchedule().kill(1, StepTag(5, Phase.FORWARD))
     fit("kept", strategy=FlashDDPNotebookStrategy(log_dir=str(OUT / "logs")), callbacks=[faults])
     records = [json.loads(line) for line in (OUT / "logs" / "recovery.jsonl").read_text().splitlines()]
-    return {"files": sorted(str(p.relative_to(OUT / "logs")) for p in (OUT / "logs").rglob("*.log")), "lost": records[0]["lost"]}
+    return {
+        "files": sorted(str(p.relative_to(OUT / "logs")) for p in (OUT / "logs").rglob("*.log")),
+        "lost": records[0]["lost"],
+    }
 
 
 def after_thread_pools() -> Any:
@@ -293,6 +303,17 @@ def interrupted() -> Any:
     thread.join()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return {"kind": kind, "status": str(trainer.state.status), "took_s": time.monotonic() - began}
+
+
+def all_die() -> Any:
+    """Nobody is left to give state."""
+    faults = FaultSchedule().kill(0, StepTag(8, Phase.FORWARD)).kill(1, StepTag(8, Phase.FORWARD))
+    try:
+        fit("all_die", callbacks=[faults])
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        kind, text = type(error).__name__, str(error)
+    again = fit("all_die_and_restart", callbacks=[faults, FlashRecovery(fallback="last")])
+    return {"kind": kind, "text": text, "again": again}
 
 
 def keeper_killed() -> Any:
@@ -342,13 +363,23 @@ def refusals() -> Any:
 
 
 def children() -> list[str]:
-    """Processes below this one."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1]) == os.getpid():
-                found.append((entry / "cmdline").read_bytes().decode())
-    return [command for command in found if "resource_tracker" not in command]
+    """Processes below this one that live; the kernel gets a moment to end those of a keeper that was killed."""
+    deadline = time.monotonic() + 3.0
+    while True:
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                state, parent = (
+                    (entry / "stat").read_bytes().rpartition(b")")[2].split()[:2]
+                    if entry.name.isdigit()
+                    else (b"", b"0")
+                )
+                if int(parent) == os.getpid() and state != b"Z":
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        found = [command for command in found if "resource_tracker" not in command]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)
 
 
 def main() -> None:

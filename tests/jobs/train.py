@@ -41,7 +41,7 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 import lightning_flashrl  # noqa: E402, F401
-from lightning_flashrl.communicator.holding import Communicator  # noqa: E402
+from lightning_flashrl.communicator.communicator import Communicator  # noqa: E402
 from lightning_flashrl.recovery.faults import How  # noqa: E402
 from lightning_flashrl.recovery.slot import Word  # noqa: E402
 from lightning_flashrl.strategies import session, transfer  # noqa: E402

@@ -42,12 +42,15 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return results
 
 
-_EVERYWHERE = [(where, victims) for where in ("fit0", "between", "fit1", "after", "test", "end") for victims in ("[1]", "[0]")]
+_EVERYWHERE = [
+    (where, victims) for where in ("fit0", "between", "fit1", "after", "test", "end") for victims in ("[1]", "[0]")
+]
 _QUICK = [("between", "[1]"), ("fit1", "[0]"), ("test", "[1]"), ("end", "[0]")]
 
 
 @pytest.mark.parametrize(
-    ("where", "victims"), [pytest.param(*case, marks=[] if case in _QUICK else pytest.mark.slow) for case in _EVERYWHERE]
+    ("where", "victims"),
+    [pytest.param(*case, marks=[] if case in _QUICK else pytest.mark.slow) for case in _EVERYWHERE],
 )
 def test_a_program_with_a_kill_ends_like_one_without(
     tmp_path: Path, expected: list[Any], where: str, victims: str
