@@ -1,7 +1,7 @@
 """Whether the machine belonged to a measurement alone. A figure taken beside other load says nothing.
 
-Two looks: a fixed job on all cores before and after the run, whose wall time must not exceed its CPU time by much; and the
-CPU time that others used during the run.
+Two looks: at a fixed job on all cores before and after the run, whose wall time must not exceed its CPU time by much,
+and at the CPU time that others used during the run.
 """
 
 from __future__ import annotations

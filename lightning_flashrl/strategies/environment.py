@@ -98,6 +98,26 @@ def _take_over_sigterm(trainer: Trainer) -> None:
     connector._sigterm_notifier_fn = note  # type: ignore[method-assign]
 
 
+def _program_arguments(command: list[str]) -> list[str]:
+    """The program's own arguments in the interpreter's command line, even if the program has changed ``sys.argv``.
+
+    >>> _program_arguments(["python", "-W", "error", "train.py", "--lr", "1"])
+    ['--lr', '1']
+    >>> _program_arguments(["python", "-u", "-m", "train", "--lr", "1"])
+    ['--lr', '1']
+    """
+    words = iter(command[1:])
+    for word in words:
+        if word in ("-W", "-X"):
+            next(words, None)
+        elif word == "-m":
+            next(words, None)
+            break
+        elif not word.startswith("-"):
+            break
+    return list(words)
+
+
 _fits_begun = 0
 
 
@@ -175,14 +195,14 @@ class FlashLauncher(_Launcher):
         spec = getattr(__main__, "__spec__", None)
         if spec is not None and spec.name != "__main__":
             module = spec.name.removesuffix(".__main__")
-            return [*command, "-m", module, *sys.argv[1:]]
+            return [*command, "-m", module, *_program_arguments(sys.orig_argv)]
         script = getattr(__main__, "__file__", None)
         if script is None:
             raise ConfigurationError(
                 "strategy='flash_ddp' starts the program's file again in each rank, and this interpreter runs none; "
                 "in a notebook use strategy='flash_ddp_notebook'"
             )
-        return [*command, os.path.abspath(script), *sys.argv[1:]]
+        return [*command, os.path.abspath(script), *_program_arguments(sys.orig_argv)]
 
     def _run_ranks(self) -> int:
         """Start ``flashrun`` in this process's place and return its exit code; signals are passed on."""

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).parents[1] / "jobs" / "program.py"
+GROUPS = PROGRAM.with_name("groups.py")
 
 
-def _run(out: Path, where: str = "", victims: str = "[1]", **more: str) -> tuple[int, str, list[Any]]:
+def _run(
+    out: Path, where: str = "", victims: str = "[1]", program: Path = PROGRAM, **more: str
+) -> tuple[int, str, list[Any]]:
     out.mkdir()
     environment = {
         key: value for key, value in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_|FLASHRL_|MASTER_", key)
@@ -28,7 +31,7 @@ def _run(out: Path, where: str = "", victims: str = "[1]", **more: str) -> tuple
         **more,
     }
     done = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, cwd=out, capture_output=True, text=True, timeout=100
+        [sys.executable, str(program), str(out)], env=environment, cwd=out, capture_output=True, text=True, timeout=100
     )
     results = [json.loads(path.read_text()) for path in sorted(out.glob("result*.json"))]
     return done.returncode, done.stdout + done.stderr, results
@@ -98,3 +101,14 @@ def test_fallback_restarts_from_the_newest_checkpoint(tmp_path: Path) -> None:
     )
     assert returncode == 0, output
     assert [result["steps"] for result in results] == [6, 6]
+
+
+def test_groups_made_by_the_user_recover(tmp_path: Path) -> None:
+    returncode, output, expected = _run(tmp_path / "unfailed", program=GROUPS)
+    assert returncode == 0, output
+    assert len(expected) == 4
+    for where in ("setup", "step", "after_collective"):
+        returncode, output, results = _run(tmp_path / where, where, program=GROUPS)
+        assert returncode == 0, output
+        assert "killed by SIGKILL" in output
+        assert results == expected
