@@ -20,7 +20,9 @@ CHAOS = "kill rank=1 step=33 phase=backward"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Fenced blocks of the README in a language; those of commands have none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [content for name, content in found if name == language]
 
 
 def run(folder: Path, *command: str, **more: str) -> tuple[dict[str, Any], str]:

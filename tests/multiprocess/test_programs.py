@@ -103,11 +103,15 @@ def test_fallback_restarts_from_the_newest_checkpoint(tmp_path: Path) -> None:
     assert [result["steps"] for result in results] == [6, 6]
 
 
-def test_groups_made_by_the_user_recover(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "places",
+    [["after_collective"], pytest.param(["setup", "step"], marks=pytest.mark.slow)],
+)
+def test_groups_made_by_the_user_recover(tmp_path: Path, places: list[str]) -> None:
     returncode, output, expected = _run(tmp_path / "unfailed", program=GROUPS)
     assert returncode == 0, output
     assert len(expected) == 4
-    for where in ("setup", "step", "after_collective"):
+    for where in places:
         returncode, output, results = _run(tmp_path / where, where, program=GROUPS)
         assert returncode == 0, output
         assert "killed by SIGKILL" in output
