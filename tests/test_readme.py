@@ -7,11 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from lightning_flashrl import errors
+from lightning_flashrl.recovery.faults import How
+from lightning_flashrl.types import Phase
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -98,6 +103,29 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert file.exists(), f"{path.name}: {target}"
         if anchor:
             assert anchor in anchors(file.read_text()), f"{path.name}: {target}"
+
+
+def test_the_errors_on_the_page_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    tree = (errors.__doc__ or "").partition("::\n\n")[2]
+    assert textwrap.dedent(tree).strip() in page
+    examples: list[errors.FlashRLError] = [
+        errors.RankLostError(1, "killed by SIGKILL"),
+        errors.RendezvousTimeoutError(3, 4, 30.0, "tcp://10.0.0.1:29500"),
+        errors.NoDonorError((0, 1), "ckpt/step=4.ckpt"),
+        errors.RecoveryBudgetExhaustedError(6, 5, 3600.0),
+        errors.ReplayMismatchError(3, "broadcast", "allreduce"),
+        errors.SnapshotTooLargeError(71303168, 67108848),
+    ]
+    for error in examples:
+        assert f"| `{type(error).__name__}` |" in page
+        assert f"`{error}`" in page
+
+
+def test_every_phase_and_kind_of_fault_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "recovery.md").read_text()
+    for name in [*(phase.name.lower() for phase in Phase), *(how.value for how in How)]:
+        assert f"`{name}`" in page
 
 
 def anchors(text: str) -> set[str]:

@@ -126,7 +126,7 @@ class FlashRecovery(Callback):
     def _write(self, trainer: Trainer, record: RecoveryRecord) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / "recovery.jsonl").open("a") as file:
-            file.write(json.dumps(msgspec.to_builtins(record, str_keys=True)) + "\n")
+            file.write(json.dumps(msgspec.to_builtins(msgspec.structs.asdict(record), str_keys=True)) + "\n")
         stages = {f"recovery/{stage}_ms": value for stage, value in record.timings_ms.items()}
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):

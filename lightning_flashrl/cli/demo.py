@@ -29,7 +29,7 @@ from lightning_flashrl.report import Recovery, Step, draw_timeline
 
 NUM_RANKS = 3
 DEFAULT_SECONDS = 120.0
-STEPS_PER_SECOND = 1.7
+STEPS_PER_SECOND = 3.4
 """Of the whole demo (two trainings, their starts and three recoveries), on two cores."""
 MIN_STEPS = 24
 _LOOK_S = 0.1

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STAGES = ("notice", "newcomer up", "connect", "state", "redo")
-"""Parts of a recovery, one after the other."""
+STAGES = ("notice", "start", "connect", "set-up and state", "redo")
+"""Parts of a recovery, one after the other: the fault is noticed, the new process reports and the plan is made, groups
+are formed, the program runs up to where it enters while the donor waits to send, the interrupted work is done again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Recovery:
         >>> timings = {"detect": 0.1, "report": 220.0, "rendezvous": 130.0, "transfer": 190.0, "total": 760.0}
         >>> stages = Recovery(1, (1,), {}, {}, "", timings, True, 0.0).stages_ms()
         >>> {name: round(duration_ms) for name, duration_ms in stages.items()}
-        {'notice': 0, 'newcomer up': 220, 'connect': 130, 'state': 190, 'redo': 220}
+        {'notice': 0, 'start': 220, 'connect': 130, 'set-up and state': 190, 'redo': 220}
         """
         left = self.duration_ms
         cut: dict[str, float] = {}

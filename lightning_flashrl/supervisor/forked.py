@@ -143,20 +143,17 @@ class ForkedJob:
 
     def _fork_keeper(self, outputs: list[_Output], verdict_fd: int) -> Process:
         interpreter_pid = os.getpid()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # it is multi-threaded: the copy starts from one thread
-            pid = os.fork()
-        if pid:
-            return Process(pid)
-        try:
+
+        def keep() -> int:
             die_with_parent(interpreter_pid)
             _leave_session(outputs)
             self._keep(verdict_fd)
-        except BaseException:  # noqa: BLE001 - nothing may unwind into the copy of the interpreter's program
-            traceback.print_exc()
-        os._exit(0)
+            return 0
+
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        return Process(_fork(keep))
 
     # ------------------------------------------------------------------ in the keeper
     def _keep(self, verdict_fd: int) -> None:
@@ -184,6 +181,7 @@ class ForkedJob:
         agent = Agent(context, loop, LOCAL_ENDPOINT, settings, environment, pool, self._slots, tell=_tell, show=_show)
         try:
             with loop.catch_signals(_SIGNALS, agent.ask_stop):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
                 loop.run_until(lambda: agent.is_done and service.is_done)
         finally:
             agent.close()
@@ -323,37 +321,60 @@ class _ForkingPool(StandbyPool):
         keeper_pid = os.getpid()
         ours, theirs = socket.socketpair()
         try:
-            pid = os.fork()
+            pid = _fork(lambda: self._live_as_rank(theirs.detach(), keeper_pid))
         except OSError:
             ours.close()
-            theirs.close()
             return None
-        if pid == 0:
-            self._become_rank(theirs.detach(), keeper_pid)
-        theirs.close()
+        finally:
+            theirs.close()
         return Candidate(AgentChannel(ours), Process(pid))
 
-    def _become_rank(self, fd: int, keeper_pid: int) -> NoReturn:
-        exit_code = 1
-        try:
-            os.setsid()
-            signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            die_with_parent(keeper_pid)
-            for opened in _open_fds() - self._inherited - {fd}:
-                with contextlib.suppress(OSError):
-                    os.close(opened)
-            channel = RankChannel(fd)
-            order = await_order(channel)
-            if order is None:
-                os._exit(0)
-            gc.enable()
-            take_seat(channel, order)
-            exit_code = _run_to_the_end(self._program)
-        except BaseException:  # noqa: BLE001 - nothing may unwind into the copy of the keeper
-            traceback.print_exc()
-        os._exit(exit_code)
+    def _live_as_rank(self, fd: int, keeper_pid: int) -> int:
+        os.setsid()
+        die_with_parent(keeper_pid)
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        for opened in _open_fds() - self._inherited - {fd}:
+            with contextlib.suppress(OSError):
+                os.close(opened)
+        channel = RankChannel(fd)
+        order = await_order(channel)
+        if order is None:
+            return 0
+        gc.enable()
+        take_seat(channel, order)
+        return _run_to_the_end(self._program)
+
+
+# --------------------------------------------------------------------------- copies
+def _fork(live: Callable[[], int]) -> int:
+    """Make a copy of this process that runs ``live`` and ends with its status; return the copy's number.
+
+    Whatever happens, the copy never returns into the program that it was copied from. Signals wait in it until it has
+    handlers of its own.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the copy has one thread, and misses no other
+            pid = os.fork()
+        if pid == 0:
+            _live_and_end(live)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _live_and_end(live: Callable[[], int]) -> NoReturn:
+    status = 1
+    try:
+        status = live()
+    except BaseException:  # noqa: BLE001 - nobody above may see it
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def _open_fds() -> set[int]:

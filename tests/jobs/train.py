@@ -206,7 +206,7 @@ class Model(L.LightningModule):
         )
         self.deep = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(3)])
         self.head = nn.Linear(width, 10)
-        if "unused" in HAS:
+        if "unused" in HAS or "lopsided" in HAS:
             self.extra = nn.Linear(width, 10)
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
         self.losses: list[torch.Tensor] = []
@@ -234,6 +234,8 @@ class Model(L.LightningModule):
         else:
             hidden = self.deep(self.body(x)).mean(1)
         if "unused" in HAS and self.training and (self.seen // 4 + RANK) % 2 == 0:
+            return self.extra(hidden)
+        if "lopsided" in HAS and RANK == 0:
             return self.extra(hidden)
         return self.head(hidden)
 

@@ -71,9 +71,9 @@ def test_recoveries_ranks_and_stages_are_in_the_picture(tmp_path: Path, drawn: l
     assert "process 2" in shown
     assert [text.get_text() for text in stages.get_legend().get_texts()] == [
         "notice",
-        "newcomer up",
+        "start",
         "connect",
-        "state",
+        "set-up and state",
         "redo",
     ]
 

@@ -36,11 +36,12 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities.combined_loader import CombinedLoader, _MaxSizeCycle, _ModeIterator
 from torch._C._distributed_c10d import Backend, HashStore, ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _SingleProcessDataLoaderIter
 from torchmetrics import Metric
 
 from lightning_flashrl.communicator.holding import HoldingProcessGroup, HoldingWork
+from lightning_flashrl.recovery.snapshot import capture_rng
 from lightning_flashrl.strategies import local_state
 from lightning_flashrl.strategies.ddp import FlashDDPStrategy
 from lightning_flashrl.strategies.environment import FlashLauncher
@@ -344,7 +345,7 @@ def test_loops_take_the_flash_classes_and_keep_what_they_hold(trainer: Trainer) 
     fit_loop = trainer.fit_loop
     before = [dict(vars(loop)) for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization)]
     session: Any = SimpleNamespace()
-    install_loops(session, fit_loop, SimpleNamespace())  # type: ignore[arg-type]
+    install_loops(session, fit_loop, SimpleNamespace())
     loops: list[Any] = [fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization]
     for loop, kept in zip(loops, before, strict=True):
         assert loop.session is session
@@ -437,15 +438,15 @@ def test_sigterm_handlers_are_registered_after_the_launch_and_by_attribute() -> 
         ],
         "_take_over_sigterm replaces the handler before it is registered",
     )
-    assert "self._signal_connector.received_sigterm" in inspect.getsource(
-        Trainer.received_sigterm.fget  # type: ignore[attr-defined]
-    ), "FlashTrainingEpochLoop asks trainer.received_sigterm"
+    assert "self._signal_connector.received_sigterm" in inspect.getsource(Trainer.received_sigterm.fget), (
+        "FlashTrainingEpochLoop asks trainer.received_sigterm"
+    )
 
 
 def test_the_trainer_has_what_is_read_from_it(trainer: Trainer) -> None:
     for name in ("should_stop", "_logger_connector", "_signal_connector", "callbacks", "loggers", "datamodule"):
         assert hasattr(trainer, name), f"LocalState, FitSession or FlashLauncher reads trainer.{name}"
-    source = inspect.getsource(inspect.getmodule(_FitLoop))  # type: ignore[arg-type]
+    source = inspect.getsource(inspect.getmodule(_FitLoop))
     for name in ("_train_start_time", "_last_val_time"):
         assert f"trainer.{name} =" in source, f"LocalState keeps trainer.{name}: time-based validation"
     assert hasattr(trainer._accelerator_connector, "_precision_plugin_flag"), "NPUAccelerator.setup"
@@ -455,7 +456,7 @@ def test_the_trainer_has_what_is_read_from_it(trainer: Trainer) -> None:
 def test_fetchers_count_as_data_position_does() -> None:
     fetcher = _DataFetcher()
     assert {"fetched", "done", "length", "iterator", "_start_profiler", "_stop_profiler"} <= set(vars(fetcher))
-    loader = CombinedLoader(DataLoader(range(6), batch_size=2), "max_size_cycle")  # type: ignore[arg-type]
+    loader = CombinedLoader(DataLoader(range(6), batch_size=2), "max_size_cycle")
     fetcher.setup(loader)
     iter(fetcher)
     assert (fetcher.fetched, fetcher.done, fetcher.length) == (0, False, 3)
@@ -466,7 +467,7 @@ def test_fetchers_count_as_data_position_does() -> None:
 
 
 def test_combined_loaders_have_the_iterator_that_is_stepped() -> None:
-    loader = CombinedLoader(DataLoader(range(6), batch_size=2), "max_size_cycle")  # type: ignore[arg-type]
+    loader = CombinedLoader(DataLoader(range(6), batch_size=2), "max_size_cycle")
     assert (loader._mode, loader._iterator) == ("max_size_cycle", None), "DataPosition._skip_samples"
     iter(loader)
     iterator = loader._iterator
@@ -475,7 +476,7 @@ def test_combined_loaders_have_the_iterator_that_is_stepped() -> None:
     assert iterator._idx == 0
     (inner,) = iterator.iterators
     assert isinstance(inner, _SingleProcessDataLoaderIter)
-    inner._next_index()  # type: ignore[no-untyped-call]
+    inner._next_index()
     inner._num_yielded += 1
     iterator._idx += 1
     batch, index, _ = next(loader)
@@ -491,17 +492,22 @@ def test_plain_loaders_draw_an_index_per_batch_and_nothing_else() -> None:
     )
 
 
-@pytest.mark.parametrize("sampler", [RandomSampler, DistributedSampler, BatchSampler])
-def test_samplers_draw_from_generators_of_their_own_once_begun(sampler: type) -> None:
-    body = _body(sampler.__iter__)
-    if sampler is RandomSampler:
-        assert "generator = torch.Generator()" in body, "_SEEDED_SAMPLERS: one draw from the global generator, at first"
-        assert "torch.empty((), dtype=torch.int64).random_().item()" in body
-    if sampler is DistributedSampler:
-        assert "g.manual_seed(self.seed + self.epoch)" in body, "_SEEDED_SAMPLERS"
-    assert "torch.rand" not in body.replace("torch.randperm(len(self.dataset), generator=g)", "").replace(
-        "torch.randperm(n, generator=generator)", ""
-    ).replace("torch.randint(", ""), "_SEEDED_SAMPLERS"
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SequentialSampler(range(8)),
+        RandomSampler(range(8)),
+        DistributedSampler(range(8), num_replicas=2, rank=0),
+        BatchSampler(RandomSampler(range(8)), 2, drop_last=False),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_samplers_leave_the_global_generators_alone_once_begun(sampler: Any) -> None:
+    iterator = iter(sampler)
+    next(iterator)
+    states = capture_rng()
+    assert len(list(iterator)) + 1 == len(sampler)
+    assert capture_rng() == states, "DataPosition steps over indices of _SEEDED_SAMPLERS and restores no random states"
 
 
 # ---------------------------------------------------------------------- logged values and loggers
@@ -607,7 +613,7 @@ def test_a_backends_creator_is_told_the_members() -> None:
 
 
 def test_gloo_takes_a_device_and_a_time_out() -> None:
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options = ProcessGroupGloo._Options()
     for name in ("_devices", "_threads", "_timeout"):
         assert hasattr(options, name), f"GlooTransport.connect sets {name}"
     for name in ("create_device", "create_default_device", "_set_default_timeout"):

@@ -55,8 +55,6 @@ def run_cells(folder: Path, *cells: str, launcher: tuple[str, ...] = ()) -> tupl
     assert left == []
     # torch makes a folder, and so does ddp_notebook
     of_others = ("torchinductor_", "tmp") if "stock" in cells else ("torchinductor_",)
-        ("torchinductor_", "tmp") if "stock" in cells else ("torchinductor_",)
-    )  # torch and ddp_notebook leave some
     assert [path.name for path in tmp.iterdir() if not path.name.startswith(of_others)] == []
     lines = [json.loads(line.removeprefix("CELL ")) for line in done.stdout.splitlines() if line.startswith("CELL ")]
     assert [line["cell"] for line in lines] == [cell for cell in cells if cell != "dies"], done.stdout + done.stderr

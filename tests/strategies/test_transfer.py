@@ -196,7 +196,7 @@ def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torc
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = (model(inputs) - 1).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     optimizer.step(closure)
