@@ -2,72 +2,167 @@
 
 DDP starts with buckets in parameter order and rebuilds them after the first backward in the order in which gradients
 arrived. Ring all-reduce adds in an order that depends on an element's place in its bucket. Survivors keep their
-reducer; a newcomer's reducer is led through its rebuild once, alone, and told the survivors' layout where it would ask
-rank 0.
+reducer; a newcomer's reducer is led through the backward passes it missed, alone, and told the survivors' layout where
+it would ask rank 0. A static graph learns in its first pass which gradients there are, and their order in its second.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from lightning_flashrl.communicator.holding import HoldingProcessGroup
 from lightning_flashrl.errors import ConfigurationError
 
 
-def read_layout(ddp: DistributedDataParallel) -> tuple[str, str]:
-    """Return the reducer's (buckets, order in which gradients arrived), each empty while it is not known.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How far a reducer is.
 
-    Buckets are parameter indices in reduction order. Must be called by the program's thread, outside the backward pass:
-    the reducer keeps its lock while it waits for a collective.
+    Attributes:
+        num_passes: backward passes it has led, as far as that matters.
+        order: parameter indices in the order in which gradients arrived; one that arrived twice stands there twice.
+        buckets: parameter indices in reduction order, e.g. ``"3 2, 1 0"``; empty while they are not rebuilt.
+        used: of a static graph, for each parameter whether any rank uses it.
     """
-    assert ddp.logger is not None
-    ddp.logger.set_runtime_stats_and_log()
-    told = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
-    return told.get("rebuilt_per_bucket_param_indices") or "", told.get("prev_iteration_grad_ready_order_indices") or ""
+
+    num_passes: int = 0
+    order: tuple[int, ...] = ()
+    buckets: str = ""
+    used: tuple[int, ...] = ()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it will not change any more."""
+        return bool(self.buckets)
 
 
-def adopt_layout(ddp: DistributedDataParallel, layout: str, ready_order: str) -> None:
-    """Bring a fresh reducer to where the predecessor's was.
+class LayoutReader:
+    """Reads the layout of a reducer until it is settled.
 
     Args:
         ddp: just built.
-        layout: buckets; empty if the predecessor had not rebuilt them yet. Then this reducer rebuilds them, with all
-            others, in its first forward, and asks rank 0 as they did.
-        ready_order: order in which the predecessor's gradients arrived; empty if it had no backward yet.
-
-    Raises:
-        ConfigurationError: the reducer did not take it (its parameters differ).
     """
-    if not ready_order or (ddp.find_unused_parameters and not ddp.static_graph):
-        return
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self._ddp = ddp
+        self._arrived: list[int] = []
+        self._handles: list[RemovableHandle] = []
+        self.layout = Layout()
+        if ddp.static_graph:  # tells nobody what arrived in its first pass
+            for index, parameter in enumerate(_parameters(ddp)):
+                hook = self._make_hook(index)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+
+    def _make_hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        return lambda _: self._arrived.append(index)
+
+    def read(self) -> Layout:
+        """Return what is known now. For the program's thread, outside the backward pass."""
+        if self.layout.is_settled or not _rebuilds(self._ddp):
+            return self.layout
+        num_passes, order, buckets = _told_by(self._ddp)
+        used = self._ddp.reducer._get_local_used_map().tolist() if self._ddp.static_graph and num_passes else ()
+        self.layout = Layout(num_passes, order or tuple(self._arrived), buckets, tuple(used))
+        if num_passes:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+        return self.layout
+
+    def adopt(self, layout: Layout) -> None:
+        """Bring the fresh reducer to where the predecessor's was.
+
+        Raises:
+            ConfigurationError: the reducer did not take it (its parameters differ).
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.layout = layout
+        if layout.num_passes and _rebuilds(self._ddp):
+            _lead_through(self._ddp, layout)
+
+
+def _rebuilds(ddp: DistributedDataParallel) -> bool:
+    return ddp.static_graph or not ddp.find_unused_parameters
+
+
+def _parameters(ddp: DistributedDataParallel) -> list[nn.Parameter]:
+    return [parameter for parameter in ddp.module.parameters() if parameter.requires_grad]
+
+
+def _told_by(ddp: DistributedDataParallel) -> tuple[int, tuple[int, ...], str]:
+    """The reducer keeps its lock while it waits for a collective, so this must not run beside a backward pass."""
+    assert ddp.logger is not None
+    ddp.logger.set_runtime_stats_and_log()
+    told = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    order = (told.get("prev_iteration_grad_ready_order_indices") or "").replace(",", " ").split()
+    return told.get("iteration") or 0, tuple(map(int, order)), told.get("rebuilt_per_bucket_param_indices") or ""
+
+
+def _lead_through(ddp: DistributedDataParallel, layout: Layout) -> None:
     group = ddp.process_group
     assert isinstance(group, HoldingProcessGroup)
-    buckets = [[int(index) for index in bucket.split()] for bucket in layout.split(",")] if layout else []
+    buckets = [[int(index) for index in bucket.split()] for bucket in layout.buckets.split(",") if bucket]
     indices = torch.tensor([index for bucket in buckets for index in bucket] + [len(buckets)], dtype=torch.int32)
     sizes = torch.tensor([len(bucket) for bucket in buckets], dtype=torch.int32)
     answers = [indices, sizes]
 
     def answer(name: str, tensors: list[torch.Tensor]) -> None:
+        if name == "allreduce" and tensors[0].dtype == torch.int32:
+            tensors[0].copy_(torch.tensor(layout.used, dtype=torch.int32))
         if name == "broadcast" and answers and tensors[0].dtype == torch.int32 and tensors[0].shape == answers[0].shape:
             tensors[0].copy_(answers.pop(0))
 
-    parameters = [parameter for parameter in ddp.module.parameters() if parameter.requires_grad]
-    order = [int(index) for index in ready_order.replace(",", " ").split()]
     with group.alone(answer):
-        ddp.reducer.prepare_for_forward()
-        ddp.reducer.prepare_for_backward([])
-        with torch.enable_grad():
-            # Autograd runs what was created last first, so the last of these is the first gradient to arrive.
-            terms = [(parameters[index] * 0).sum().float() for index in reversed(order)]
-            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
         if ddp.static_graph:
-            ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined]
-        for parameter in parameters:
+            _first_pass_of_static_graph(ddp, layout.order)
+        if layout.num_passes > 1 or not ddp.static_graph:
+            _pass(ddp, layout.order)
+        for parameter in _parameters(ddp):
             parameter.grad = None
-        if layout:
+        if buckets:
+            assert ddp.reducer is not None
             ddp.reducer._rebuild_buckets()
-    if layout and read_layout(ddp)[0] != layout:
+    if buckets and _told_by(ddp)[2] != layout.buckets:
         raise ConfigurationError(
             "the replacement's model has other gradient buckets; build the same model at every start"
         )
+
+
+def _begin_pass(ddp: DistributedDataParallel) -> None:
+    ddp.reducer.prepare_for_forward()
+    ddp.reducer.prepare_for_backward([])
+
+
+def _first_pass_of_static_graph(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
+    """It counts how often each gradient arrives, notes who is used, and reduces all at its end."""
+    _begin_pass(ddp)
+    _arrive(ddp, order)
+    ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined]
+    ddp._static_graph_delay_allreduce_enqueued = True
+
+
+def _pass(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
+    _begin_pass(ddp)
+    _arrive(ddp, order)
+
+
+def _arrive(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
+    """Let gradients, all zero, arrive in ``order``; the last arrival of each counts."""
+    parameters = _parameters(ddp)
+    last = {index: place for place, index in enumerate(order)}
+    for place, index in enumerate(order):
+        if last[index] != place:
+            ddp.reducer._autograd_hook(index)  # type: ignore[attr-defined]
+    with torch.enable_grad():
+        # Autograd runs what was created last first, so the last of these is the first gradient to arrive.
+        terms = [(parameters[index] * 0).sum().float() for index in sorted(last, key=lambda index: -last[index])]
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]

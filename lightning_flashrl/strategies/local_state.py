@@ -49,7 +49,7 @@ _LOOP_REFERENCES = frozenset(
     {"trainer", "_combined_loader", "_data_fetcher", "_data_source", "_warning_cache", "epoch_loop", "val_loop"}
     | {"automatic_optimization", "manual_optimization", "_logger_connector"}
 )
-_TRAINER_FLAGS = ("should_stop", "_last_val_time", "_train_start_time")
+_PLAIN = (bool, int, float, str, type(None))
 _WRAPPER_FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 _RESULT_FIELDS = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
 
@@ -84,10 +84,10 @@ def _reduce_collection(collection: _ResultCollection) -> Any:
     return _rebuild_collection, state
 
 
-def _module_trees(callback: Callback) -> Iterator[tuple[str, nn.Module]]:
+def _module_trees(callback: Callback, trained: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that a callback holds, e.g. averaged weights."""
     for key, value in vars(callback).items():
-        if isinstance(value, nn.Module) and not isinstance(value, LightningModule):
+        if isinstance(value, nn.Module) and value is not trained:
             yield key, value
 
 
@@ -143,7 +143,7 @@ class LocalState:
             freezer.watch(trainer.datamodule, "datamodule", {"trainer", *_LIGHTNING_INTERNALS})  # type: ignore[attr-defined]
         for index, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
             freezer.watch(callback, ("callback", index), {"_fs"})
-            for key, tree in _module_trees(callback):
+            for key, tree in _module_trees(callback, self._module):
                 self._watch_tree(tree, f"callback{index}.{key}")
 
     def _watch_tree(self, root: nn.Module, prefix: str) -> None:
@@ -181,7 +181,7 @@ class LocalState:
             "requires_grad": [parameter.requires_grad for parameter in self._parameters.values()],
             "buffers": {name: tensor.detach().clone() for name, tensor in self._buffers.changed().items()},
             "data": self._position.capture(),
-            "flags": {name: getattr(trainer, name) for name in _TRAINER_FLAGS if hasattr(trainer, name)},
+            "flags": {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)},
             "wrapper": {name: getattr(trainer.model, name) for name in _WRAPPER_FLAGS if hasattr(trainer.model, name)},
             "outputs": outputs,
         }
@@ -209,8 +209,7 @@ class LocalState:
         with torch.no_grad():
             for name, value in extra["buffers"].items():
                 self._values[name].copy_(value)
-        for name, value in extra["flags"].items():
-            setattr(trainer, name, value)
+        vars(trainer).update(extra["flags"])
         for name, value in extra["wrapper"].items():
             setattr(trainer.model, name, value)
         self._position.restore(extra["data"])

@@ -31,6 +31,8 @@ class DataPosition:
         self._rng_at_iter: tuple[Any, ...] = ()
         self._generators: tuple[bytes, ...] = ()
         self._epoch = 0
+        self._past: tuple[tuple[Any, ...], ...] = ()
+        """Earlier epochs of loaders whose workers live on, and their random states with them."""
         self.consumed = 0
         self._made: tuple[Any, ...] | None = None
         """Of a replacement: how its own set-up made the iterator."""
@@ -39,6 +41,8 @@ class DataPosition:
 
     def begin_iterator(self, epoch: int, loaders: list[Any]) -> None:
         """The training iterator is about to be made: its seeds come from the random states of this moment."""
+        if self._rng_at_iter and any(getattr(loader, "persistent_workers", False) for loader in loaders):
+            self._past += ((self._rng_at_iter, self._generators, self._epoch, self.consumed),)
         self._rng_at_iter = capture_rng(self._device)
         self._generators = tuple(g.get_state().numpy().tobytes() for g in _generators(loaders))
         self._epoch = epoch
@@ -47,31 +51,44 @@ class DataPosition:
 
     def capture(self) -> tuple[Any, ...]:
         """This position as plain values."""
-        return (self._rng_at_iter, self._generators, self._epoch, self.consumed, self.offset)
+        return (self._rng_at_iter, self._generators, self._epoch, self._past, self.consumed, self.offset)
 
     def restore(self, captured: tuple[Any, ...]) -> None:
         """Take over a captured position; the iterator follows with :meth:`seek`."""
         self._made = self._made or (self._rng_at_iter, self._generators, self._epoch)
-        self._rng_at_iter, self._generators, self._epoch, self.consumed, self.offset = captured
+        self._rng_at_iter, self._generators, self._epoch, self._past, self.consumed, self.offset = captured
 
     def seek(self, fetcher: _DataFetcher, consumed: int) -> None:
         """Make the training iterator anew, as it was made, and step over ``consumed`` batches.
 
         Batches that worker processes or stateful loaders produce are produced again, so that the random states inside
-        them move on as well; plain loaders only step their sampler.
+        them move on as well; plain loaders only step their sampler. Workers that live longer than an epoch produce all
+        their epochs again.
         """
+        epochs = [*self._past, (self._rng_at_iter, self._generators, self._epoch, consumed)]
+        is_made = self._made == epochs[0][:3]
+        for number, (rng, generators, epoch, count) in enumerate(epochs, 1):
+            if not is_made:
+                self._make(fetcher, rng, generators, epoch, is_first=number == 1)
+            is_made = False
+            if number == len(epochs):
+                fetcher.fetched += self.offset
+            if count and not self._skip_samples(fetcher, count):
+                for _ in range(count):
+                    next(fetcher)
+
+    def _make(
+        self, fetcher: _DataFetcher, rng: tuple[Any, ...], generators: tuple[bytes, ...], epoch: int, *, is_first: bool
+    ) -> None:
         loaders = fetcher.combined_loader.flattened
-        if self._made != (self._rng_at_iter, self._generators, self._epoch):
-            restore_rng(self._rng_at_iter, self._device)
-            for generator, state in zip(_generators(loaders), self._generators, strict=False):
-                generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-            for loader in loaders:
-                _set_sampler_epoch(loader, self._epoch)
-            iter(fetcher)
-        fetcher.fetched += self.offset
-        if consumed and not self._skip_samples(fetcher, consumed):
-            for _ in range(consumed):
-                next(fetcher)
+        restore_rng(rng, self._device)
+        for generator, state in zip(_generators(loaders), generators, strict=False):
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        for loader in loaders:
+            _set_sampler_epoch(loader, epoch)
+            if is_first and getattr(loader, "persistent_workers", False):
+                loader._iterator = None  # workers of this process's own set-up
+        iter(fetcher)
 
     @staticmethod
     def _skip_samples(fetcher: _DataFetcher, count: int) -> bool:

@@ -13,7 +13,7 @@ from lightning.pytorch.loops.optimization.automatic import Closure
 from torch._C._distributed_c10d import Backend
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_flashrl.strategies.bucket_layout import adopt_layout, read_layout
+from lightning_flashrl.strategies.bucket_layout import LayoutReader
 from lightning_flashrl.strategies.epoch_loop import FlashTrainingEpochLoop
 from lightning_flashrl.strategies.local_state import LocalState
 from lightning_flashrl.strategies.logger_state import capture_loggers, restore_loggers
@@ -21,9 +21,6 @@ from lightning_flashrl.strategies.position import DataPosition
 from lightning_flashrl.strategies.runtime import Published, RecoveryRuntime
 from lightning_flashrl.strategies.transfer import copy_tree, load_optimizer_tree, optimizer_tree, receive_state
 from lightning_flashrl.types import Phase, ResumeKind
-
-_LAYOUT_IS_SETTLED = 3
-"""Updates after which DDP's buckets have been rebuilt if they ever are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class FitSession:
         self._entered: Published | None = None
         self._restore_hooks: Callable[[], None] | None = None
         self._is_inside_batch = False
-        self._layout, self._ready_order = "", ""
+        self._layout: LayoutReader | None = None
         self.resumes_at_batch = False
         """Updates happen inside the user's step: a replacement enters at the batch's start, from a copy kept there."""
         self._batch_copy: StateCopy | None = None
@@ -102,16 +99,6 @@ class FitSession:
             scaler.load_state_dict(tree["scaler"])
         return version
 
-    def note_layout(self) -> None:
-        """After a forward pass: learn the gradient buckets, which DDP settles in its second one."""
-        model = self.trainer.strategy.model
-        if (
-            not self._layout
-            and self.runtime.version - self._first_version <= _LAYOUT_IS_SETTLED
-            and isinstance(model, DistributedDataParallel)
-        ):
-            self._layout, self._ready_order = read_layout(model)
-
     # ------------------------------------------------------------------ the epoch loop's questions
     def begin_epoch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> ResumeKind | None:
         """Called when an epoch begins. Returns where in it to enter, or ``None`` to begin at its beginning."""
@@ -119,14 +106,14 @@ class FitSession:
             self._state = LocalState(self.trainer, self.position)
             updates_inside = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.trainer.optimizers)
             self.resumes_at_batch = updates_inside or not self.trainer.lightning_module.automatic_optimization
+            model = self.trainer.strategy.model
+            self._layout = LayoutReader(model) if isinstance(model, DistributedDataParallel) else None
         if not self.runtime.must_enter:
             return None
         published = self.runtime.enter(self._receive)
-        model = self.trainer.strategy.model
-        if isinstance(model, DistributedDataParallel):
-            self._layout, self._ready_order = published.facts["layout"]
-            self._first_version = published.facts["first_version"]
-            adopt_layout(model, self._layout, self._ready_order)
+        self._first_version = published.facts["first_version"]
+        if self._layout is not None:
+            self._layout.adopt(published.facts["layout"])
         fetcher._start_profiler = loop._on_before_fetch
         fetcher._stop_profiler = loop._on_after_fetch
         self._restore(published, fetcher)
@@ -260,7 +247,8 @@ class FitSession:
     def _publish(self, kind: ResumeKind, batch: int, outputs: Any = None, version: int | None = None) -> None:
         assert self._state is not None
         runtime = self.runtime
-        facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer), "layout": (self._layout, self._ready_order)}
+        facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer)}
+        facts["layout"] = None if self._layout is None else self._layout.read()
         facts["first_version"] = self._first_version
         runtime.publish(
             kind, batch, runtime.version if version is None else version, self._state.capture(outputs), facts
@@ -271,7 +259,6 @@ class FitSession:
         """Gradients are complete and clipped: publish, then wait until all ranks have done so."""
         if self.resumes_at_batch:
             return
-        self.note_layout()
         outputs = None
         if self.closure is not None and self.closure._result is not None:
             outputs = self.closure._result.asdict()
