@@ -146,11 +146,21 @@ class FakeNpu:
         return group
 
 
+def _absent() -> SimpleNamespace:
+    """The name of a device stays for all later tests: what torch asks of it when it steps or seeds."""
+    return SimpleNamespace(
+        is_available=lambda: False,
+        device_count=lambda: 0,
+        _is_in_bad_fork=lambda: False,
+        manual_seed_all=lambda seed: None,
+    )
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeNpu:
     """Make ``import torch_npu`` give a stand-in, and ``torch.device("npu")`` a device."""
     torch.utils.rename_privateuse1_backend("npu")
-    if not hasattr(torch, "npu"):  # the name stays for all later tests, and optimizers ask whether it is available
-        torch._register_device_module("npu", SimpleNamespace(is_available=lambda: False, device_count=lambda: 0))
+    if not hasattr(torch, "npu"):
+        torch._register_device_module("npu", _absent())
     fake = FakeNpu()
     monkeypatch.setitem(sys.modules, "torch_npu", fake.module)
     return fake

@@ -340,7 +340,7 @@ def dies() -> Any:
     model, trainer = Model(is_slow=True), make_trainer("dies")
     kill_at_step(trainer, rank=1, step=3)
     threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-    trainer.fit(model, loader(), DataLoader(Points(), batch_size=1))
+    trainer.fit(model, loader(), DataLoader(Points(), batch_size=2))
     time.sleep(60)
 
 

@@ -297,6 +297,8 @@ class Model(L.LightningModule):
             total = torch.tensor([float(self.seen)])
             dist.all_reduce(total)
             self.total_seen = total.item()
+        if "usesbatch" in HAS:
+            self.total_seen += batch[0].sum().item() + outputs["logits"].sum().item()
         if "subgroup" in HAS and RANK < 2:
             total = torch.rand(1)
             dist.all_reduce(total, group=self.pair)
@@ -476,7 +478,7 @@ def main() -> None:
         num_sanity_val_steps=args.sanity,
         val_check_interval=args.val_every,
         check_val_every_n_epoch=None if args.val_every else 1,
-        limit_train_batches=args.batches if args.data == "iterable" else args.limit_train,
+        limit_train_batches=args.limit_train,
         limit_val_batches=args.limit_val,
         enable_checkpointing=bool(args.checkpoint_every) or "best" in HAS,
         enable_progress_bar="bar" in HAS,
