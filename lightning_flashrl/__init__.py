@@ -12,7 +12,7 @@ from lightning_flashrl import _registration
 
 if TYPE_CHECKING:
     from lightning_flashrl.callbacks import FlashRecovery
-    from lightning_flashrl.strategies import FlashDDPStrategy
+    from lightning_flashrl.strategies import FlashDDPNotebookStrategy, FlashDDPStrategy
     from lightning_flashrl.supervisor.pause import pause_hang_detection
     from lightning_flashrl.testing.faults import FaultSchedule
     from lightning_flashrl.types import Phase, StepTag
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FaultSchedule": "lightning_flashrl.testing.faults",
+    "FlashDDPNotebookStrategy": "lightning_flashrl.strategies",
     "FlashDDPStrategy": "lightning_flashrl.strategies",
     "FlashRecovery": "lightning_flashrl.callbacks",
     "Phase": "lightning_flashrl.types",
@@ -28,7 +29,15 @@ _HOMES = {
     "pause_hang_detection": "lightning_flashrl.supervisor.pause",
 }
 
-__all__ = ["FaultSchedule", "FlashDDPStrategy", "FlashRecovery", "Phase", "StepTag", "pause_hang_detection"]
+__all__ = [
+    "FaultSchedule",
+    "FlashDDPNotebookStrategy",
+    "FlashDDPStrategy",
+    "FlashRecovery",
+    "Phase",
+    "StepTag",
+    "pause_hang_detection",
+]
 
 
 def __getattr__(name: str) -> Any:
