@@ -40,8 +40,8 @@ class Shape:
 SHAPES = {
     "recovery": Shape(vocabulary=8192, width=256, depth=8, length=32, batch_size=4),
     "5ms": Shape(vocabulary=256, width=64, depth=1, length=8, batch_size=1),
-    "50ms": Shape(vocabulary=1024, width=128, depth=4, length=64, batch_size=5),
-    "500ms": Shape(vocabulary=8192, width=256, depth=8, length=64, batch_size=8),
+    "50ms": Shape(vocabulary=512, width=128, depth=2, length=64, batch_size=14),
+    "500ms": Shape(vocabulary=8192, width=256, depth=8, length=64, batch_size=10),
 }
 """``recovery`` has 10.5 million parameters; the others are named after their step time on two cores."""
 
