@@ -2,8 +2,8 @@
 
 Replicated tensors (parameters, optimizer state) are not here: every other rank has them. What is here is what no other
 rank has: random number generators, loop counters, partial metrics, and whatever the user's modules and callbacks keep
-in attributes. A :class:`Freezer` writes the attributes of known objects as one pickle, in which known objects and large
-tensors appear by name. The bytes never leave the memory of this host.
+in attributes. A :class:`Freezer` writes the attributes of known objects as one pickle, in which known objects and
+tensors of the model appear by name. The bytes never leave the memory of this host.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 _PLAIN = (int, float, bool, str, bytes, type(None))
-LARGE_BYTES = 1 << 16
-"""Tensors from this size on travel from a donor instead of through the slot, unless they are rank-local buffers."""
+TENSORS_LIMIT_BYTES = 24 << 20
+"""What tensors in one attribute may take together: copying them costs little more than their memory traffic."""
 
 
 # ---------------------------------------------------------------------- random states
@@ -77,7 +77,7 @@ _thawing: list[Callable[[Any], Any]] = []
 
 
 def _named(name: Any) -> Any:
-    """Called while thawing: the known object or large tensor of that name."""
+    """Called while thawing: the known object of that name."""
     return _thawing[-1](name)
 
 
@@ -121,8 +121,7 @@ class Freezer:
         }
         self._schema = b""
         self._is_stale = True
-        self.large: dict[Any, torch.Tensor] = {}
-        """Large tensors met in attributes: left to the donor."""
+        self._num_tensor_bytes = 0
 
     # ------------------------------------------------------------------ what is known
     def name(self, thing: Any, name: Any) -> None:
@@ -151,8 +150,7 @@ class Freezer:
         name = self._names.get(id(tensor))
         if name is not None:
             return (_named, (name,))
-        if tensor.nbytes >= LARGE_BYTES:
-            raise _LargeTensorError(tensor)
+        self._num_tensor_bytes += tensor.nbytes
         return (tensor_from_bytes, (tensor_bytes(tensor), tensor.dtype, tuple(tensor.shape), str(tensor.device)))
 
     def _dumps(self, thing: Any) -> bytes:
@@ -172,13 +170,9 @@ class Freezer:
             return False
         if isinstance(value, self._skipped) or id(value) in self._names:
             return not isinstance(value, self._skipped)
+        self._num_tensor_bytes = 0
         try:
             size = len(self._dumps(value))
-        except _LargeTensorError as error:
-            name = (watched.name, key)
-            self.name(error.tensor, name)
-            self.large[name] = error.tensor
-            return self._may_keep(watched, key, value)
         except (
             pickle.PicklingError,
             TypeError,
@@ -189,11 +183,28 @@ class Freezer:
         ) as error:
             watched.refused[key] = f"cannot be pickled ({error})"
         else:
-            if size <= self._limit:
+            tensors = min(self._num_tensor_bytes, size)
+            if size - tensors <= self._limit and tensors <= TENSORS_LIMIT_BYTES:
                 return True
-            watched.refused[key] = f"takes {size} bytes, more than {self._limit}"
+            watched.refused[key] = f"takes {size} bytes, more than {self._limit} (or {TENSORS_LIMIT_BYTES} in tensors)"
         self._on_refused(watched.name, key, watched.refused[key])
         return False
+
+    def refuse_largest(self) -> bool:
+        """Leave out, from now on, the attribute that takes most; false if none is worth it."""
+        sizes = [
+            (len(self._dumps(vars(watched.object)[key])), index, key)
+            for index, watched in enumerate(self._watched)
+            for key in watched.keys
+            if not isinstance(vars(watched.object).get(key), _PLAIN) and key in vars(watched.object)
+        ]
+        if not sizes or max(sizes)[0] < self._limit:
+            return False
+        size, index, key = max(sizes)
+        self._watched[index].refused[key] = f"has grown to {size} bytes"
+        self._on_refused(self._watched[index].name, key, self._watched[index].refused[key])
+        self._is_stale = True
+        return True
 
     def _refresh(self, watched: _Watched) -> None:
         attributes = vars(watched.object)
@@ -214,27 +225,18 @@ class Freezer:
             self._update_schema()
         try:
             return self._schema, self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
-        except (_LargeTensorError, pickle.PicklingError, TypeError, AttributeError, KeyError, RuntimeError):
+        except (pickle.PicklingError, TypeError, AttributeError, KeyError, RuntimeError):
             self._update_schema()  # an attribute vanished, or holds something new that cannot be kept
             return self._schema, self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
 
-    def thaw(self, schema: bytes, content: bytes, missing: Callable[[Any], Any] | None = None) -> Any:
+    def thaw(self, schema: bytes, content: bytes) -> Any:
         """Set the attributes of all watched objects to what was frozen; return ``extra``.
 
         Args:
             schema: from :meth:`freeze`.
             content: from :meth:`freeze`.
-            missing: called with a name that is not known here (a large tensor that a donor supplies).
         """
-
-        def resolve(name: Any) -> Any:
-            if name in self._objects:
-                return self._objects[name]
-            if missing is None:
-                raise KeyError(name)
-            return missing(name)
-
-        _thawing.append(resolve)
+        _thawing.append(self._objects.__getitem__)
         try:
             states, extra = pickle.loads(content)  # our own memory, never the network
         finally:
@@ -247,14 +249,6 @@ class Freezer:
                 values = (values,)
             vars(target).update(zip(keys, values, strict=True))
         return extra
-
-
-class _LargeTensorError(Exception):
-    """Raised inside a pickle to find a tensor that is too large for it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
-        self.tensor = tensor
 
 
 # ---------------------------------------------------------------------- changed buffers

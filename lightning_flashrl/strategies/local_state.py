@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -91,6 +92,14 @@ def _module_trees(callback: Callback, trained: nn.Module) -> Iterator[tuple[str,
             yield key, value
 
 
+LARGE_OUTPUT_BYTES = 4 << 20
+"""A tensor of the step's outputs from this size on is not kept."""
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.nbytes >= LARGE_OUTPUT_BYTES
+
+
 class LocalState:
     """Freezes and thaws the rank-local state of one ``fit``.
 
@@ -110,12 +119,19 @@ class LocalState:
         self._freezer._dispatch[_ResultCollection] = _reduce_collection
         self._values: dict[str, torch.Tensor] = {}
         self._always: set[str] = set()
+        self._told_of_outputs = False
         self._name_objects()
         self._buffers = BufferWatch(self._values, always=self._always)
 
     @staticmethod
     def _report_refused(owner: Any, attribute: str, reason: str) -> None:
-        log.debug("not kept for a replacement: %s.%s %s", owner, attribute, reason)
+        if "bytes" in reason:
+            rank_zero_warn(
+                f"flash_ddp: attribute {attribute!r} of {owner} {reason}; a replacement of this rank will not have it. "
+                "Keep it smaller, or in a buffer or in optimizer state"
+            )
+        else:
+            log.debug("not kept for a replacement: %s.%s %s", owner, attribute, reason)
 
     def _name_objects(self) -> None:
         trainer, freezer = self._trainer, self._freezer
@@ -183,9 +199,28 @@ class LocalState:
             "data": self._position.capture(),
             "flags": {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)},
             "wrapper": {name: getattr(trainer.model, name) for name in _WRAPPER_FLAGS if hasattr(trainer.model, name)},
-            "outputs": outputs,
+            "outputs": self._bounded(outputs),
         }
         return self._freezer.freeze(extra)
+
+    def _bounded(self, outputs: Any) -> Any:
+        """The step's outputs without tensors that are too large for the slot."""
+        if not isinstance(outputs, dict):
+            return outputs
+        kept = {key: value for key, value in outputs.items() if not _is_large(value)}
+        if len(kept) < len(outputs) and not self._told_of_outputs:
+            self._told_of_outputs = True
+            left_out = sorted(str(key) for key in outputs.keys() - kept.keys())
+            rank_zero_warn(
+                f"flash_ddp: training_step returns tensors of over {LARGE_OUTPUT_BYTES} bytes as {left_out}; hooks "
+                "of a replacement that enters after this step's update get the outputs without them. Return less, or "
+                "use the tensors inside training_step"
+            )
+        return kept
+
+    def shrink(self) -> bool:
+        """Leave out the largest attribute from now on, with a warning; false if nothing large is left."""
+        return self._freezer.refuse_largest()
 
     def restore(self, schema: bytes, content: bytes) -> Any:
         """Set this rank's state to a captured one; the data position is left to the caller.

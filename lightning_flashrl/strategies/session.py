@@ -13,6 +13,7 @@ from lightning.pytorch.loops.optimization.automatic import Closure
 from torch._C._distributed_c10d import Backend
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_flashrl.errors import SnapshotTooLargeError
 from lightning_flashrl.strategies.bucket_layout import LayoutReader
 from lightning_flashrl.strategies.epoch_loop import FlashTrainingEpochLoop
 from lightning_flashrl.strategies.local_state import LocalState
@@ -250,9 +251,15 @@ class FitSession:
         facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer)}
         facts["layout"] = None if self._layout is None else self._layout.read()
         facts["first_version"] = self._first_version
-        runtime.publish(
-            kind, batch, runtime.version if version is None else version, self._state.capture(outputs), facts
-        )
+        known = runtime.version if version is None else version
+        while True:
+            try:
+                runtime.publish(kind, batch, known, self._state.capture(outputs), facts)
+            except SnapshotTooLargeError:
+                if not self._state.shrink():
+                    raise
+            else:
+                return
 
     # ------------------------------------------------------------------ the strategy's questions
     def commit(self) -> None:
