@@ -6,7 +6,8 @@ is killed in the next one. Measured from the kill, on one clock:
 ===================== =============================================================================================
 first commit          any rank commits a step again, be it one that had been committed before
 full membership       all ranks, the replacement too, have committed the same step
-caught up             the step in flight at the kill is committed by all who take part
+caught up             the step in flight at the kill is committed by all who take part (the next one, if the victim had
+                      already done its part of it)
 redone                committed steps that a rank had to run again
 ===================== =============================================================================================
 
@@ -180,6 +181,11 @@ def measure(run: Run, events: list[Event], killed: Event) -> None:
         or not (event.pid in old_pids and (event.rank, event.step) not in committed)
     ]
     in_flight = killed.step + 1
+    ending = [event for event in after if event.step == in_flight and event.num_members == run.num_ranks]
+    if ending and killed.rank not in {event.rank for event in ending}:
+        # The victim had done its part of that step: the survivors end it, and wait in the next one.
+        after = [event for event in after if event not in ending]
+        in_flight += 1
 
     def seconds(event: Event) -> float:
         return round((event.time_ns - killed.time_ns) / 1e9, 4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.fetchers import _DataFetcher
@@ -19,6 +21,7 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
 
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _SEEDED_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, BatchSampler)
 """Samplers that draw nothing from the global generators after their iterator was made."""
 
@@ -130,6 +133,8 @@ def _is_plain(loader: Any) -> bool:
     """Whether a loader's position is its sampler's position and nothing else."""
     if type(loader) is not DataLoader or loader.num_workers or isinstance(loader.dataset, IterableDataset):
         return False
+    if any(isinstance(value, _GENERATORS) for value in getattr(loader.dataset, "__dict__", {}).values()):
+        return False  # it moves on with every sample that is loaded
     batch_sampler = loader.batch_sampler
     if batch_sampler is None or type(batch_sampler) is not BatchSampler:
         return False

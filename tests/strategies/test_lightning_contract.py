@@ -21,7 +21,7 @@ from lightning.fabric.loggers import csv_logs as fabric_csv
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
@@ -510,6 +510,15 @@ def test_samplers_leave_the_global_generators_alone_once_begun(sampler: Any) -> 
     assert capture_rng() == states, "DataPosition steps over indices of _SEEDED_SAMPLERS and restores no random states"
 
 
+def test_loaders_keep_workers_that_live_on_in_their_iterator() -> None:
+    assert DataLoader(range(4))._iterator is None, "DataPosition lets go of the workers of a newcomer's own set-up"
+    _assert_order(
+        DataLoader.__iter__,
+        ["self.persistent_workers", "if self._iterator is None", "self._iterator._reset(self)"],
+        "DataPosition makes workers anew by taking the iterator away",
+    )
+
+
 # ---------------------------------------------------------------------- logged values and loggers
 def test_logged_values_have_the_fields_that_are_kept() -> None:
     collection = _ResultCollection(training=True)
@@ -546,6 +555,12 @@ def test_csv_logger_has_the_fields_that_are_put_back(tmp_path: Any) -> None:
     assert writer.metrics_file_path == str(tmp_path / "lightning_logs" / "version_0" / "metrics.csv")
 
 
+def test_wandb_logger_keeps_what_it_begins_a_run_with(tmp_path: Any) -> None:
+    logger = WandbLogger(save_dir=tmp_path, offline=True, name="run")
+    assert logger._wandb_init["name"] == "run", "_adopt_versions lets a replacement go on with the run"
+    assert logger._experiment is None, "_capture reads the run's id there"
+
+
 def test_a_csv_writer_removes_an_earlier_log_and_rewrites_for_new_columns() -> None:
     writer = fabric_csv._ExperimentWriter
     assert "rm_file(self.metrics_file_path)" in _body(writer._check_log_dir_exists), "_adopt_versions saves it before"
@@ -579,17 +594,22 @@ def test_ddp_tells_its_buckets_and_the_order_of_gradients() -> None:
         ddp(torch.ones(1, 4)).sum().backward()
         ddp.logger.set_runtime_stats_and_log()
         told = ddp._get_ddp_logging_data()
-        seen.append((told.get("rebuilt_per_bucket_param_indices"), told.get("prev_iteration_grad_ready_order_indices")))
-    why = "read_layout takes buckets and order of arrival from these keys"
-    assert not seen[0][0], why
-    assert seen[0][1], why
-    assert seen[0][1].replace(",", " ").split() == ["2", "1", "0"], why
-    assert sorted(seen[1][0].replace(",", " ").split()) == ["0", "1", "2"], why
-    assert seen[2] == seen[1], "_LAYOUT_IS_SETTLED: buckets are rebuilt once"
-    for name in ("prepare_for_forward", "prepare_for_backward", "_rebuild_buckets", "_delay_all_reduce"):
-        assert hasattr(ddp.reducer, name), f"adopt_layout calls reducer.{name}"
+        names = ("iteration", "rebuilt_per_bucket_param_indices", "prev_iteration_grad_ready_order_indices")
+        seen.append([told.get(name) for name in names])
+    why = "LayoutReader takes passes, buckets and order of arrival from these keys"
+    assert [passes for passes, _, _ in seen] == [1, 2, 3], why
+    assert not seen[0][1], why
+    assert seen[0][2], why
+    assert seen[0][2].replace(",", " ").split() == ["2", "1", "0"], why
+    assert sorted(seen[1][1].replace(",", " ").split()) == ["0", "1", "2"], why
+    assert seen[2][1] == seen[1][1], "Layout.is_settled: buckets are rebuilt once"
+    calls = ("prepare_for_forward", "prepare_for_backward", "_rebuild_buckets", "_delay_all_reduce")
+    for name in (*calls, "_autograd_hook", "_get_local_used_map"):
+        assert hasattr(ddp.reducer, name), f"bucket_layout calls reducer.{name}"
     for name in ("find_unused_parameters", "static_graph", "process_group", "module"):
-        assert hasattr(ddp, name), f"adopt_layout reads ddp.{name}"
+        assert hasattr(ddp, name), f"bucket_layout reads ddp.{name}"
+    flag = "self._static_graph_delay_allreduce_enqueued"
+    assert flag in inspect.getsource(DistributedDataParallel), f"bucket_layout sets {flag}"
     for name in local_state._WRAPPER_FLAGS:
         assert hasattr(ddp, name), f"LocalState keeps ddp.{name}"
     assert "init_sync" in _parameters(DistributedDataParallel.__init__), (
@@ -600,15 +620,22 @@ def test_ddp_tells_its_buckets_and_the_order_of_gradients() -> None:
 # ---------------------------------------------------------------------- torch: process groups
 def test_torch_keeps_its_groups_where_make_default_looks() -> None:
     assert isinstance(dist.distributed_c10d._world.pg_map, dict), "make_default corrects the backend's name there"
-    assert isinstance(dist.Backend._plugins, dict), "make_default registers there"
-    assert dist.Backend._BackendPlugin._fields == ("creator_fn", "extended_api"), "make_default registers again"
-    group = (object(), True)
-    assert tuple(dist.Backend._BackendPlugin(*group)) == group
+    assert isinstance(dist.Backend._plugins, dict), "make_default registers again"
+
+
+def test_torch_makes_all_its_groups_where_make_default_stands_in() -> None:
+    c10d = dist.distributed_c10d
+    names = _parameters(c10d._new_process_group_helper)
+    assert names[:4] == ["group_size", "group_rank", "global_ranks_in_group", "backend"], "make_holding_group"
+    for function in (c10d.init_process_group, c10d._new_group_with_tag):
+        body = _body(inspect.unwrap(function))
+        assert "_new_process_group_helper(" in body, f"{function.__name__} makes groups that do not hold"
+    assert "_new_group_with_tag(" in _body(inspect.unwrap(c10d.new_group)), "new_group makes groups that do not hold"
 
 
 def test_a_backends_creator_is_told_the_members() -> None:
     options = dist.distributed_c10d._DistributedBackendOptions()
-    for name in ("global_ranks_in_group", "group_rank"):
+    for name in ("global_ranks_in_group", "group_rank", "group_id"):
         assert hasattr(options, name), f"make_default's creator reads {name}"
 
 
