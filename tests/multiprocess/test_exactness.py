@@ -50,7 +50,7 @@ stopped | 3 | | stop rank=1 step=4 phase=backward |
 segfault | 2 | | segfault rank=1 step=4 phase=forward |
 exit | 2 | | exit rank=1 step=4 phase=optimizer_step |
 holds the GIL | 2 | | gil rank=1 step=4 phase=forward | --hang-timeout 4
-accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=2 phase=forward count=3 |
+accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
 averaged weights | 3 | --feature ema --feature best --val-every 4 --die 0:8:validation | |
 two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0:5:between | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
