@@ -1,8 +1,16 @@
-"""Where in the training data a rank is, and how a replacement gets there."""
+"""Where in the training data a rank is, and how a replacement gets there.
+
+What a loader without workers gives depends on the random states at the moment at which it is asked: a data set that
+augments at random draws from them. So these states are remembered for the first and the last two batches; two, because
+a loader of unknown length is asked for one batch ahead.
+"""
 
 from __future__ import annotations
 
+import pickle
 import random
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,9 +29,13 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
 
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _SEEDED_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, BatchSampler)
-"""Samplers that draw nothing from the global generators after their iterator was made."""
+"""Samplers that draw nothing from the global generators after they gave their first batch."""
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_SEARCH_DEPTH = 6
+_MOST_PARTS = 10_000
+_LONGEST_LIST = 64
+"""Longer lists in a data set are its data."""
 
 
 class DataPosition:
@@ -33,6 +45,12 @@ class DataPosition:
         self._device = device
         self._rng_at_iter: tuple[Any, ...] = ()
         self._generators: tuple[bytes, ...] = ()
+        self._owned: list[Any] = []
+        """Generators that loaders, samplers and data sets hold."""
+        self._owned_now: tuple[bytes, ...] = ()
+        self._loads_here = False
+        self._before: dict[int, tuple[Any, ...]] = {}
+        """Random states before the first and the last two batches were asked for."""
         self._epoch = 0
         self._past: tuple[tuple[Any, ...], ...] = ()
         """Earlier epochs of loaders whose workers live on, and their random states with them."""
@@ -46,20 +64,55 @@ class DataPosition:
         """The training iterator is about to be made: its seeds come from the random states of this moment."""
         if self._rng_at_iter and any(getattr(loader, "persistent_workers", False) for loader in loaders):
             self._past += ((self._rng_at_iter, self._generators, self._epoch, self.consumed),)
+        self._find(loaders)
         self._rng_at_iter = capture_rng(self._device)
-        self._generators = tuple(g.get_state().numpy().tobytes() for g in _generators(loaders))
+        self._generators = self._capture_owned()
+        self._before = {}
         self._epoch = epoch
         self.consumed = 0
         self.offset = 0
 
+    def note_fetch(self) -> None:
+        """A batch is about to be asked for."""
+        if self._loads_here:
+            self._before[self.consumed] = (capture_rng(self._device), self._capture_owned())
+            if self.consumed > 2:
+                self._before.pop(self.consumed - 2, None)
+        self.consumed += 1
+
+    def recall_fetch(self) -> None:
+        """Set the random states to those before the last batch was asked for: it is asked for again."""
+        self._recall(self.consumed - 1)
+
+    def _recall(self, number: int) -> None:
+        states = self._before.get(number)
+        if states is not None:
+            restore_rng(states[0], self._device)
+            self._restore_owned(states[1])
+
+    def _find(self, loaders: list[Any]) -> None:
+        self._owned = list(_generators(loaders))
+        self._loads_here = any(not getattr(loader, "num_workers", 0) for loader in loaders)
+
+    def _capture_owned(self) -> tuple[bytes, ...]:
+        return tuple(_state_of(generator) for generator in self._owned)
+
+    def _restore_owned(self, states: tuple[bytes, ...]) -> None:
+        for generator, state in zip(self._owned, states, strict=False):
+            _set_state(generator, state)
+
     def capture(self) -> tuple[Any, ...]:
         """This position as plain values."""
-        return (self._rng_at_iter, self._generators, self._epoch, self._past, self.consumed, self.offset)
+        origin = (self._rng_at_iter, self._generators, self._epoch, self._past)
+        return (origin, dict(self._before), self._capture_owned(), self.consumed, self.offset)
 
     def restore(self, captured: tuple[Any, ...]) -> None:
         """Take over a captured position; the iterator follows with :meth:`seek`."""
         self._made = self._made or (self._rng_at_iter, self._generators, self._epoch)
-        self._rng_at_iter, self._generators, self._epoch, self._past, self.consumed, self.offset = captured
+        origin, before, self._owned_now, self.consumed, self.offset = captured
+        self._rng_at_iter, self._generators, self._epoch, self._past = origin
+        self._before = dict(before)
+        self._restore_owned(self._owned_now)
 
     def seek(self, fetcher: _DataFetcher, consumed: int) -> None:
         """Make the training iterator anew, as it was made, and step over ``consumed`` batches.
@@ -68,25 +121,30 @@ class DataPosition:
         them move on as well; plain loaders only step their sampler. Workers that live longer than an epoch produce all
         their epochs again.
         """
+        self._find(fetcher.combined_loader.flattened)
         epochs = [*self._past, (self._rng_at_iter, self._generators, self._epoch, consumed)]
-        is_made = self._made == epochs[0][:3]
+        is_made = self._made == epochs[0][:3] and not self._owned
         for number, (rng, generators, epoch, count) in enumerate(epochs, 1):
             if not is_made:
                 self._make(fetcher, rng, generators, epoch, is_first=number == 1)
             is_made = False
-            if number == len(epochs):
+            is_last = number == len(epochs)
+            if is_last:
                 fetcher.fetched += self.offset
+                self._recall(0)
             if count and not self._skip_samples(fetcher, count):
-                for _ in range(count):
+                for index in range(count):
+                    if is_last:
+                        self._recall(index)
                     next(fetcher)
+        self._restore_owned(self._owned_now)
 
     def _make(
         self, fetcher: _DataFetcher, rng: tuple[Any, ...], generators: tuple[bytes, ...], epoch: int, *, is_first: bool
     ) -> None:
         loaders = fetcher.combined_loader.flattened
         restore_rng(rng, self._device)
-        for generator, state in zip(_generators(loaders), generators, strict=False):
-            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        self._restore_owned(generators)
         for loader in loaders:
             _set_sampler_epoch(loader, epoch)
             if is_first and getattr(loader, "persistent_workers", False):
@@ -116,25 +174,55 @@ class DataPosition:
         return True
 
 
-def _generators(loaders: list[Any]) -> list[torch.Generator]:
-    """The generators that loaders and their samplers own, each once."""
-    found: dict[int, torch.Generator] = {}
-    for loader in loaders:
-        sampler = getattr(loader, "sampler", None)
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
+def _generators(loaders: list[Any]) -> Iterator[Any]:
+    """The generators that loaders, their samplers and data sets own, each once."""
+    seen: set[int] = set()
+    todo = [(loader, 0) for loader in reversed(loaders)]
+    while todo and len(seen) < _MOST_PARTS:
+        thing, depth = todo.pop()
+        if id(thing) in seen or isinstance(thing, (str, bytes, int, float, torch.Tensor, np.ndarray, type(None))):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, _GENERATORS):
+            yield thing
+        elif depth < _SEARCH_DEPTH:
+            todo += [(part, depth + 1) for part in reversed(_parts_of(thing))]
+
+
+def _parts_of(thing: Any) -> list[Any]:
+    if isinstance(thing, dict):
+        return list(thing.values()) if len(thing) <= _LONGEST_LIST else []
+    if isinstance(thing, (list, tuple)):
+        return list(thing) if len(thing) <= _LONGEST_LIST else []
+    if isinstance(thing, (type, ModuleType, FunctionType)):
+        return []
+    # Iterators of a loader hold worker processes and queues.
+    return [part for name, part in getattr(thing, "__dict__", {}).items() if name != "_iterator"]
+
+
+def _state_of(generator: Any) -> bytes:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    if isinstance(generator, np.random.Generator):
+        return pickle.dumps(generator.bit_generator.state)
+    return pickle.dumps(generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate())
+
+
+def _set_state(generator: Any, state: bytes) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = pickle.loads(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(pickle.loads(state))
+    else:
+        generator.setstate(pickle.loads(state))
 
 
 def _is_plain(loader: Any) -> bool:
     """Whether a loader's position is its sampler's position and nothing else."""
     if type(loader) is not DataLoader or loader.num_workers or isinstance(loader.dataset, IterableDataset):
         return False
-    if any(isinstance(value, _GENERATORS) for value in getattr(loader.dataset, "__dict__", {}).values()):
-        return False  # it moves on with every sample that is loaded
     batch_sampler = loader.batch_sampler
     if batch_sampler is None or type(batch_sampler) is not BatchSampler:
         return False

@@ -119,7 +119,7 @@ class FitSession:
         fetcher._stop_profiler = loop._on_after_fetch
         self._restore(published, fetcher)
         if published.point.kind is ResumeKind.BATCH_START:
-            self.position.consumed += 1
+            self.position.note_fetch()
             if self.resumes_at_batch:
                 self._copy_batch_start()
         elif published.point.kind is ResumeKind.BATCH_END:
@@ -139,6 +139,7 @@ class FitSession:
         # The committed batch is taken from the loader once more, for the hooks that get it. What `advance` does before
         # the batch's update is undone by restoring the state a second time.
         self.position.seek(fetcher, self.position.consumed - 1)
+        self.position.recall_fetch()
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         progress.current.ready -= 1
         progress.total.ready -= 1
@@ -187,7 +188,7 @@ class FitSession:
         elif self._publish_next and self._has_no_partial_gradients(loop):
             self._publish_next = False
             self._publish(ResumeKind.BATCH_START, batch)
-        self.position.consumed += 1
+        self.position.note_fetch()
 
     def _keep_batch_start(self, batch: int) -> None:
         """All ranks publish, then each keeps a copy of what this batch may update."""

@@ -66,7 +66,7 @@ batch start | 3 | {MANY} | kill rank=1 step=6 phase=batch_start |
 batch end | 3 | {MANY} --die 1:6:batch_end | |
 validation end | 3 | {MANY} --die 1:8:validation_end | |
 validation of rank 1 | 3 | {MANY} --die 1:8:validation | |
-checkpoint on rank 1 | 3 | {MANY} | kill rank=1 step=6 phase=checkpoint |
+checkpoint on rank 1 | 3 | {MANY} | kill rank=1 step=5 phase=checkpoint |
 set-up of rank 0 | 3 | {MANY} | kill rank=0 step=0 phase=setup |
 fit start | 3 | --die 0:0:fit_start | |
 train start | 3 | --die 1:0:train_start | |

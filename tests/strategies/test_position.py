@@ -64,6 +64,28 @@ class Stream(IterableDataset[int]):
         yield from window
 
 
+class Draws(IterableDataset[float]):
+    """Of unknown length, so that one batch is loaded ahead; draws as it loads."""
+
+    def __iter__(self) -> Iterator[float]:
+        for _ in range(SIZE):
+            yield torch.rand(()).item() + random.random()
+
+
+class Generators(Dataset[float]):
+    """Holds generators of its own, one of them in a transform."""
+
+    def __init__(self) -> None:
+        self.transforms = [{"draw": random.Random(1)}]
+        self.generator = np.random.default_rng(2)
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> float:
+        return index + self.transforms[0]["draw"].random() + float(self.generator.random())
+
+
 class Backwards(Sampler[int]):
     """A sampler of the user's."""
 
@@ -112,6 +134,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
         sampler=WeightedRandomSampler(list(range(SIZE)), SIZE, generator=torch.Generator().manual_seed(1)),
     ),
     "stream": lambda: DataLoader(Stream(), batch_size=3),
+    "stream that draws": lambda: DataLoader(Draws(), batch_size=3),
+    "generators in the data set": lambda: DataLoader(Generators(), batch_size=3),
     "stateful": _stateful,
     "two of different length": lambda: {"short": DataLoader(range(7), batch_size=2), "long": _distributed()},
     "two alike": lambda: [_distributed(), _own_generator()],
@@ -145,7 +169,7 @@ class Rank:
             iter(self.fetcher)
 
     def take(self) -> Any:
-        self.position.consumed += 1
+        self.position.note_fetch()
         batch, index, _ = next(self.fetcher)
         return _plain(batch), index, self.fetcher.done, self.fetcher.fetched
 
@@ -227,6 +251,31 @@ def test_a_replacement_whose_own_start_was_another_takes_them_too(name: str) -> 
 @pytest.mark.parametrize("name", WORKERS)
 def test_worker_processes_are_where_they_were(name: str, same_seed: bool, consumed: int) -> None:
     _check(WORKERS[name], consumed, 0, same_seed=same_seed)
+
+
+@pytest.mark.parametrize("consumed", [1, 2, 5])
+@pytest.mark.parametrize("name", ["distributed", "stream that draws", "generators in the data set"])
+def test_the_last_batch_can_be_taken_once_more(name: str, consumed: int) -> None:
+    _seed(11)
+    lost = Rank(LOADERS[name])
+    lost.set_up()
+    for _ in range(consumed):
+        last = lost.take()
+        _draw()
+    published, states = lost.position.capture(), capture_rng()
+    expected = lost.take_all()
+
+    _seed(11)
+    replacement = Rank(LOADERS[name])
+    replacement.set_up()
+    replacement.position.restore(published)
+    replacement.position.seek(replacement.fetcher, replacement.position.consumed - 1)
+    replacement.position.recall_fetch()
+    batch, index, _ = next(replacement.fetcher)
+    assert (_plain(batch), index) == last[:2]
+    replacement.position.restore(published)
+    restore_rng(states)
+    assert replacement.take_all() == expected
 
 
 def test_worker_processes_are_where_they_were_in_a_later_epoch() -> None:
