@@ -74,8 +74,9 @@ class FlashDDPStrategy(DDPStrategy):
         self._process_group_backend = self._get_process_group_backend()
         self.runtime = _runtime_of_process(self._process_group_backend, self.root_device, self._timeout)
         launcher = self.launcher
-        if isinstance(launcher, FlashLauncher) and launcher.trainer is not None:
-            keep_versions(launcher.trainer, self.runtime)
+        if isinstance(launcher, FlashLauncher) and launcher.trainer is not None and not launcher.has_versions:
+            keep_versions(launcher.trainer, self.runtime, launcher.number)
+            launcher.has_versions = True
 
     def _get_process_group_backend(self) -> str:
         return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)

@@ -118,6 +118,7 @@ def _program_arguments(command: list[str]) -> list[str]:
     return list(words)
 
 
+_num_launchers = 0
 _fits_begun = 0
 
 
@@ -161,6 +162,10 @@ class FlashLauncher(_Launcher):
         self._options = options
         self._environment = environment
         self.trainer: Trainer | None = None
+        self.number = -1
+        """Of this Trainer among those of the program, in the order of their first use; the same in a replacement."""
+        self.has_versions = False
+        """Whether the versions of the Trainer's loggers are decided in this process."""
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -173,6 +178,7 @@ class FlashLauncher(_Launcher):
         self._environment.validate_settings(self._num_processes, self._num_nodes)
         self.trainer = trainer
         if FlashEnvironment.detect():
+            self._take_number()
             if trainer is not None:
                 _take_over_sigterm(trainer)
             if _is_past(function):
@@ -188,6 +194,12 @@ class FlashLauncher(_Launcher):
                 f"Trainer(num_nodes={self._num_nodes}) needs a launcher on each node; start the program with flashrun"
             )
         raise SystemExit(self._run_ranks())
+
+    def _take_number(self) -> None:
+        global _num_launchers
+        if self.number < 0:
+            self.number = _num_launchers
+            _num_launchers += 1
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "lightning_flashrl.cli.flashrun", "--nproc-per-node", str(self._num_processes)]

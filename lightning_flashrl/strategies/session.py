@@ -252,6 +252,7 @@ class FitSession:
         facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer)}
         facts["layout"] = None if self._layout is None else self._layout.read()
         facts["first_version"] = self._first_version
+        facts["trainer"] = getattr(self.trainer.strategy.launcher, "number", -1)
         known = runtime.version if version is None else version
         while True:
             try:

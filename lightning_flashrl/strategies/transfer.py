@@ -24,6 +24,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
 
     dtype: str
     shape: list[int]
+    is_on_host: bool = False
+    """Kept in host memory whatever the device is, as step counts of optimizers are."""
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -96,7 +98,7 @@ def send_state(
     header = Header(
         version,
         [num_parameters, stripped],
-        [TensorSpec(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors],
+        [TensorSpec(str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type == "cpu") for t in tensors],
     )
     encoded = msgspec.msgpack.encode(header)
     content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -158,7 +160,7 @@ def receive_state(
             if buffer is not target:
                 with torch.no_grad():
                     target.copy_(buffer)
-        received.append(target)
+        received.append(target.cpu() if index >= num_parameters and spec.is_on_host else target)
     return header.version, _restore(tree, received[num_parameters:])
 
 

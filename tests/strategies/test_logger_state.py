@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_flashrl.recovery.slot import Region
@@ -32,11 +33,13 @@ class Slot:
 class Process:
     """Rank 0 with one CSV logger, from its set-up on."""
 
-    def __init__(self, folder: Path, slot: Slot, facts: dict[str, Any] | None = None, rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path, slot: Slot, facts: dict[str, Any] | None = None, rank: int = 0, number: int = 0
+    ) -> None:
         self.logger = CSVLogger(folder, flush_logs_every_n_steps=1000)
         self.trainer: Any = SimpleNamespace(loggers=[self.logger], is_global_zero=rank == 0)
         runtime: Any = SimpleNamespace(facts=facts or {}, slot=slot)
-        keep_versions(self.trainer, runtime)
+        keep_versions(self.trainer, runtime, number)
         if rank == 0:
             _ = self.logger.experiment  # Lightning makes it in the set-up
 
@@ -48,11 +51,17 @@ class Process:
         self.logger.log_metrics(values, step)
 
     def publish(self) -> dict[str, Any]:
-        return {"loggers": copy.deepcopy(capture_loggers(self.trainer))}
+        return {"trainer": 0, "loggers": copy.deepcopy(capture_loggers(self.trainer))}
 
-    def replaced(self, facts: dict[str, Any], slot: Slot) -> Process:
-        """This process is gone; its replacement sets itself up and enters at the published point."""
-        newcomer = Process(Path(self.logger.save_dir), slot, facts)
+    def replaced(self, facts: dict[str, Any], slot: Slot, newest: dict[str, Any] | None = None) -> Process:
+        """This process is gone; its replacement sets itself up and enters at the published point.
+
+        Args:
+            facts: of the point at which it enters.
+            slot: of the rank.
+            newest: of the newest point, which its set-up goes by.
+        """
+        newcomer = Process(Path(self.logger.save_dir), slot, copy.deepcopy(newest or facts))
         restore_loggers(newcomer.trainer, facts["loggers"])
         return newcomer
 
@@ -127,6 +136,55 @@ def test_a_log_that_was_empty_at_the_published_point_is_empty_again(tmp_path: Pa
     assert newcomer.file.read_text() == expected
 
 
+def test_a_replacement_may_enter_at_an_older_point(tmp_path: Path, expected: str) -> None:
+    slot = Slot()
+    lost = Process(tmp_path, slot)
+    _steps(lost, 0, 1)
+    older = lost.publish()
+    _steps(lost, 2, accuracy=0.25)
+    newcomer = lost.replaced(older, slot, newest=lost.publish())
+    _steps(newcomer, 2, 3, accuracy=0.25)
+    assert newcomer.file.read_text() == expected
+
+
+def test_a_replacement_may_die_in_its_set_up(tmp_path: Path, expected: str) -> None:
+    slot = Slot()
+    lost = Process(tmp_path, slot)
+    _steps(lost, 0, 1)
+    facts = lost.publish()
+    _steps(lost, 2, accuracy=0.25)
+    for _ in range(2):
+        dies = Process(tmp_path, slot, copy.deepcopy(facts))
+        dies.file.write_text("half a log")
+    newcomer = lost.replaced(facts, slot)
+    _steps(newcomer, 2, 3, accuracy=0.25)
+    assert newcomer.file.read_text() == expected
+    assert [path.name for path in newcomer.file.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_a_rank_may_be_lost_while_the_whole_log_is_written_anew(
+    tmp_path: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LostError(Exception):
+        pass
+
+    def lose(writer: Any, _: list[str]) -> None:
+        Path(writer.metrics_file_path).write_text("")
+        raise LostError
+
+    slot = Slot()
+    with monkeypatch.context() as patch:
+        patch.setattr(_ExperimentWriter, "_rewrite_with_new_header", lose)
+        lost = Process(tmp_path, slot)
+        _steps(lost, 0, 1)
+        facts = lost.publish()
+        with pytest.raises(LostError):
+            _steps(lost, 2, accuracy=0.25)
+    newcomer = lost.replaced(facts, slot)
+    _steps(newcomer, 2, 3, accuracy=0.25)
+    assert newcomer.file.read_text() == expected
+
+
 def test_a_half_written_row_is_cut_off(tmp_path: Path, expected: str) -> None:
     slot = Slot()
     lost = Process(tmp_path, slot)
@@ -161,6 +219,32 @@ def test_the_first_process_decides_the_version_for_its_replacements(tmp_path: Pa
     assert Process(tmp_path, Slot()).logger.version == 1
 
 
+def test_each_trainer_of_a_program_has_a_version_of_its_own(tmp_path: Path) -> None:
+    slot = Slot()
+    for _ in range(2):
+        trainers = [Process(tmp_path, slot, number=number) for number in range(2)]
+        assert [process.logger.version for process in trainers] == [0, 1]
+    facts = trainers[0].publish()
+    _steps(trainers[1], 0)
+    assert Process(tmp_path, slot, facts, number=1).logger.version == 1
+
+
+def test_the_log_of_a_trainer_that_is_over_is_not_written_again(tmp_path: Path) -> None:
+    slot = Slot()
+    over, lost = (Process(tmp_path, slot, number=number) for number in range(2))
+    _steps(over, 0, 1)
+    _steps(over, 2, test=0.5)
+    expected = over.file.read_text()
+    _steps(lost, 0)
+    facts = {**lost.publish(), "trainer": 1}
+    again = Process(tmp_path, slot, facts, number=0)
+    _steps(again, 2, test=0.5)  # its fit is past, its test runs once more
+    newcomer = Process(tmp_path, slot, facts, number=1)
+    restore_loggers(newcomer.trainer, facts["loggers"])
+    assert over.file.read_text() == expected
+    assert len(newcomer.file.read_text().splitlines()) == 2
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     process = Process(tmp_path, Slot(), rank=1)
     states = capture_loggers(process.trainer)
@@ -172,5 +256,5 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_a_logger_without_versions_or_files_is_left_alone() -> None:
     trainer: Any = SimpleNamespace(loggers=[object()], is_global_zero=True)
     runtime: Any = SimpleNamespace(facts={}, slot=Slot())
-    keep_versions(trainer, runtime)
+    keep_versions(trainer, runtime, 0)
     restore_loggers(trainer, capture_loggers(trainer))

@@ -124,6 +124,10 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "in order": lambda: DataLoader(Numbers(), batch_size=3, drop_last=True),
     "own generator": _own_generator,
     "generator in the sampler": _generator_in_sampler,
+    "shuffled by the global generator": lambda: DataLoader(Numbers(), batch_size=3, shuffle=True),
+    "weighted by the global generator": lambda: DataLoader(
+        Numbers(), batch_size=3, sampler=WeightedRandomSampler(list(range(SIZE)), SIZE)
+    ),
     "own sampler": lambda: DataLoader(Numbers(), batch_size=3, sampler=Backwards()),
     "own batch sampler": lambda: DataLoader(
         Numbers(), batch_sampler=BatchSampler(SequentialSampler(range(SIZE)), 5, drop_last=False)
@@ -145,6 +149,7 @@ WORKERS: dict[str, Callable[[], Any]] = {
     "own generator": lambda: _own_generator(num_workers=1),
     "stream": lambda: DataLoader(Stream(), batch_size=3, num_workers=2),
     "stateful": lambda: _stateful(num_workers=2),
+    "workers that live on": lambda: _distributed(num_workers=2, persistent_workers=True),
 }
 
 
@@ -167,6 +172,7 @@ class Rank:
         if epoch > 0:
             self.position.begin_iterator(epoch, self.combined.flattened)
             iter(self.fetcher)
+        _draw()  # hooks between the iterator and its first batch
 
     def take(self) -> Any:
         self.position.note_fetch()
@@ -244,6 +250,27 @@ def test_a_replacement_takes_the_batches_that_follow(name: str, consumed: int, e
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_replacement_whose_own_start_was_another_takes_them_too(name: str) -> None:
     _check(LOADERS[name], 3, 0, same_seed=False)
+
+
+@pytest.mark.parametrize("consumed", [1, 2, 5])
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_last_batch_is_taken_once_more_as_it_was(name: str, consumed: int) -> None:
+    _seed(11)
+    lost = Rank(LOADERS[name])
+    lost.set_up()
+    lost.begin_epoch(0)
+    for _ in range(consumed):
+        last = lost.take()
+        _draw()
+    _seed(12)
+    replacement = Rank(LOADERS[name])
+    replacement.set_up()
+    replacement.begin_epoch(0)
+    replacement.position.restore(lost.position.capture())
+    replacement.position.seek(replacement.fetcher, consumed - 1)
+    replacement.position.recall_fetch()
+    batch, index, _ = next(replacement.fetcher)
+    assert (_plain(batch), index) == last[:2]
 
 
 @pytest.mark.parametrize("consumed", [0, 3])

@@ -38,7 +38,7 @@ class _Wire:
     def send(self, tensors: list[torch.Tensor], _: int, tag: int) -> _Done:
         (tensor,) = tensors
         assert tensor.is_contiguous()
-        self._messages.append((tag, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()))
+        self._messages.append((tag, tensor.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()))
         self.num_sent += 1
         return _Done()
 
@@ -190,6 +190,16 @@ def test_an_optimizer_goes_on_with_the_state_of_the_donors(make: Any) -> None:
             _step(model, optimizer, inputs)
     assert _is_same([p.detach() for p in models[0].parameters()], [p.detach() for p in models[1].parameters()])
     assert _is_same(optimizer_tree([optimizers[0]]), optimizer_tree([optimizers[1]]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device beside the host")
+def test_what_a_donor_keeps_in_host_memory_stays_there() -> None:
+    wire: Any = _Wire()
+    tree = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, device="cuda")}
+    send_state(wire, 1, 7, [], tree, torch.device("cuda", 0))
+    _, received = receive_state(wire, 0, [], torch.device("cuda", 0))
+    assert (received["step"].device.type, received["exp_avg"].device.type) == ("cpu", "cuda")
+    assert _is_same(received, tree)
 
 
 def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor) -> None:
