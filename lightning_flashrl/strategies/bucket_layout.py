@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -164,5 +165,19 @@ def _arrive(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
             ddp.reducer._autograd_hook(index)  # type: ignore[attr-defined]
     with torch.enable_grad():
         # Autograd runs what was created last first, so the last of these is the first gradient to arrive.
-        terms = [(parameters[index] * 0).sum().float() for index in sorted(last, key=lambda index: -last[index])]
+        terms = [_ZeroGradient.apply(parameters[index]) for index in sorted(last, key=lambda index: -last[index])]  # type: ignore[no-untyped-call]
         torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """A scalar whose gradient is zero, at no cost in arithmetic: the values of the parameter are not read."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(parameter)
+        return torch.zeros((), device=parameter.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> torch.Tensor:
+        (parameter,) = ctx.saved_tensors
+        return torch.zeros_like(parameter)

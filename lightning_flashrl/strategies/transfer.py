@@ -6,7 +6,8 @@ into its own: neither holds a second copy of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from lightning_flashrl.errors import ConfigurationError
 
 _HEADER_TAG = 1_000_001
 _TENSOR_TAG = 1_000_002
+NUM_IN_FLIGHT = 16
+"""Tensors under way at once: a round trip for each would cost more than the bytes of small ones."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -72,6 +75,38 @@ def _restore(value: Any, tensors: list[torch.Tensor]) -> Any:
     return value
 
 
+class _Pipeline:
+    """Sends or receives tensors in order, several at once.
+
+    Args:
+        transfer: starts the transfer of one tensor, given (tensors, peer, tag).
+        peer: rank at the other end.
+    """
+
+    def __init__(self, transfer: Callable[[list[torch.Tensor], int, int], Any], peer: int) -> None:
+        self._transfer = transfer
+        self._peer = peer
+        self._under_way: deque[tuple[Any, torch.Tensor, torch.Tensor | None]] = deque()
+
+    def add(self, buffer: torch.Tensor, target: torch.Tensor | None = None) -> None:
+        """Start with ``buffer``; once it has arrived, copy it to ``target``."""
+        if len(self._under_way) == NUM_IN_FLIGHT:
+            self._finish_oldest()
+        self._under_way.append((self._transfer([buffer], self._peer, _TENSOR_TAG), buffer, target))
+
+    def finish(self) -> None:
+        """Wait for all."""
+        while self._under_way:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        work, buffer, target = self._under_way.popleft()
+        work.wait()
+        if target is not None:
+            with torch.no_grad():
+                target.copy_(buffer)
+
+
 def _transmit(backend: Backend, tensor: torch.Tensor, peer: int, tag: int) -> None:
     backend.send([tensor], peer, tag).wait()  # type: ignore[attr-defined]
 
@@ -104,9 +139,11 @@ def send_state(
     content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     _transmit(backend, torch.tensor([len(encoded)]).to(device), newcomer, _HEADER_TAG)
     _transmit(backend, content.to(device), newcomer, _HEADER_TAG)
+    pipeline = _Pipeline(backend.send, newcomer)  # type: ignore[attr-defined]
     for tensor in tensors:
         if tensor.numel():
-            _transmit(backend, tensor.to(device).contiguous(), newcomer, _TENSOR_TAG)
+            pipeline.add(tensor.to(device).contiguous())
+    pipeline.finish()
     return len(encoded) + sum(t.nbytes for t in tensors)
 
 
@@ -140,27 +177,27 @@ def receive_state(
             "build the same model at every start"
         )
     received: list[torch.Tensor] = []
+    pipeline = _Pipeline(backend.recv, donor)  # type: ignore[attr-defined]
     for index, spec in enumerate(header.tensors):
         if index < num_parameters:
             target = parameters[index].detach()
-            if list(target.shape) != spec.shape:
+            if list(target.shape) != spec.shape or target.dtype != getattr(torch, spec.dtype):
                 raise ConfigurationError(
-                    f"parameter {index} has shape {tuple(spec.shape)} at the donor and {tuple(target.shape)} here; "
+                    f"parameter {index} is {spec.dtype} {tuple(spec.shape)} at the donor and "
+                    f"{str(target.dtype).removeprefix('torch.')} {tuple(target.shape)} here; "
                     "build the same model at every start"
                 )
         else:
             target = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-        if target.numel():
-            buffer = (
-                target
-                if target.is_contiguous() and target.device == device
-                else torch.empty_like(target, device=device).contiguous()
-            )
-            _take(backend, buffer, donor, _TENSOR_TAG)
-            if buffer is not target:
-                with torch.no_grad():
-                    target.copy_(buffer)
-        received.append(target.cpu() if index >= num_parameters and spec.is_on_host else target)
+        if target.numel() and target.is_contiguous() and target.device == device:
+            pipeline.add(target)
+        elif target.numel():
+            pipeline.add(torch.empty_like(target, device=device, memory_format=torch.contiguous_format), target)
+        received.append(target)
+    pipeline.finish()
+    for index, spec in enumerate(header.tensors):
+        if index >= num_parameters and spec.is_on_host:
+            received[index] = received[index].cpu()
     return header.version, _restore(tree, received[num_parameters:])
 
 
