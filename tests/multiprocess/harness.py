@@ -42,7 +42,14 @@ def _environment() -> dict[str, str]:
     environment = {
         key: value for key, value in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_|FLASHRL_|MASTER_", key)
     }
-    return {**environment, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "WANDB_MODE": "offline"}
+    path = os.pathsep.join(filter(None, [str(JOB.parent / "early"), environment.get("PYTHONPATH")]))
+    return {
+        **environment,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "WANDB_MODE": "offline",
+    }
 
 
 def _execute(command: list[str], out: Path, timeout_s: float) -> tuple[int, str]:
