@@ -6,7 +6,7 @@ All in one thread. What it waits for:
 ready                     means
 ========================= ============================================================
 a rank's pidfd            the rank ended: drain its channel, judge, tell the controller
-a rank's watched thread   the same, some 10 ms earlier, when a signal ended it
+a rank's watched thread   the same, as a rule, before the kernel has taken the process's memory apart
 a rank's channel          a message (or a standby process that says its number)
 the controller's socket   quorums, plans, launch, stop
 a timer, every 100 ms     look at heartbeats, collect adopted children, show logs
@@ -378,7 +378,7 @@ class Agent:
         status = process.ending()
         if status is None and num_looks:
             self._loop.call_later(_LOOK_S, lambda: self._on_thread_end(seat, process, num_looks - 1))
-        if status is not None and status.is_signal:  # any other end may have been announced, which is read at the end
+        if status is not None:
             if seat.channel is not None:
                 self._on_channel(seat, seat.channel)
             self._ending.add(process)
