@@ -46,32 +46,43 @@ def test_the_end_of_a_process_is_told(code: str, text: str, shell_code: int) -> 
     process.send_signal(signal.SIGKILL)
 
 
-def _see_the_end_coming(code: str) -> tuple[ExitStatus | None, ExitStatus]:
-    """What is said of a program's end when its second thread ends, and when it is gone."""
-    program = (
-        "import os, threading, time\nt = threading.Thread(target=time.sleep, args=(100,), daemon=True)\nt.start()\n"
-    )
-    program += f"os.write(1, str(t.native_id).encode())\nhoard = bytearray(b'x' * (1 << 28))\n{code}\n"
+_ENDS_WITH_MEMORY = """
+import os, sys, threading, time
+os.dup2(int(sys.argv[1]), 1)
+thread = threading.Thread(target=time.sleep, args=(100,), daemon=True)
+thread.start()
+hoard = bytearray(b"x" * (1 << 28))
+os.write(1, str(thread.native_id).encode())
+time.sleep(0.2)
+exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("os.kill(os.getpid(), 9)", ExitStatus(9, is_signal=True)),
+        ("os.abort()", ExitStatus(6, is_signal=True)),
+        ("os._exit(3)", ExitStatus(3, is_signal=False)),
+    ],
+)
+def test_the_end_of_a_process_is_told_before_its_memory_is_gone(code: str, status: ExitStatus) -> None:
     read, write = os.pipe()
-    process = spawn([sys.executable, "-c", f"import os; os.dup2({write}, 1)\n{program}"], dict(os.environ), (write,))
+    command = [sys.executable, "-c", _ENDS_WITH_MEMORY, str(write), code]
+    process = spawn(command, dict(os.environ), (write,))
     os.close(write)
     thread = open_thread(int(os.read(read, 20)))
     os.close(read)
-    assert thread is not None
+    if thread is None:
+        process.end()
+        pytest.skip("this kernel has no descriptors for threads (Linux 6.9)")
     assert process.ending() is None
     select.select([thread], [], [], 10)
     os.close(thread)
     deadline = time.monotonic() + 5
-    while (early := process.ending()) is None and process.poll() is None and time.monotonic() < deadline:
+    while (early := process.ending()) is None and process_state(process.pid) and time.monotonic() < deadline:
         time.sleep(0.0005)
-    return early, wait(process)
-
-
-@pytest.mark.skipif(open_thread(os.getpid()) is None, reason="this kernel has no descriptors for threads (Linux 6.9)")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
-def test_the_end_of_a_process_is_told_before_its_memory_is_gone(number: int) -> None:
-    status = ExitStatus(number, is_signal=True)
-    assert _see_the_end_coming(f"os.kill(os.getpid(), {number})") == (status, status)
+    assert early == wait(process) == status
 
 
 def test_a_stopped_process_is_seen() -> None:
