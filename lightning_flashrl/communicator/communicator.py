@@ -111,6 +111,19 @@ class Communicator:
             lambda: self.transport.connect(store, rank, size, self._timeout_s, group_id), changed, group_id
         )
 
+    def close(self) -> None:
+        """Let go of the native groups, whose threads end then; not while a collective is pending: they would await it.
+
+        A thread that lets go of a tensor when the interpreter is being taken down would end the process by SIGABRT.
+        """
+        if self._has_pending():
+            return
+        for group in list(self.groups.values()):
+            with group.lock:
+                group.native = None
+                for call in group.calls:
+                    call.work = None
+
     # ------------------------------------------------------------------ waiting and failures
     def begin_wait(self) -> None:
         """From here on the program may wait for other ranks: a late heartbeat of its loop is not its fault."""

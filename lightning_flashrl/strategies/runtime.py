@@ -184,18 +184,16 @@ class RecoveryRuntime:
 
     def _leave_together(self) -> None:
         """At the end of the program: a rank may be lost after its fit, and needs a donor then."""
-        if (
-            self.slot[Word.STATE] < RankState.TRAINING
-            or sys.exc_info()[0] is not None
-            or hasattr(sys, "last_exc")
-            or hasattr(sys, "last_value")
-        ):
+        if sys.exc_info()[0] is not None or hasattr(sys, "last_exc") or hasattr(sys, "last_value"):
             return
-        self.slot[Word.STATE] = RankState.FINISHED
-        with self.held(), contextlib.suppress(TimeoutError):
-            self.client.store_set(f"left/{self.client.global_rank}", b"1")
-            for rank in range(self.client.world_size):
-                self.client.store_get(f"left/{rank}", timeout_s=_FOREVER_S)
+        if self.slot[Word.STATE] >= RankState.TRAINING:
+            self.slot[Word.STATE] = RankState.FINISHED
+            with self.held(), contextlib.suppress(TimeoutError):
+                self.client.store_set(f"left/{self.client.global_rank}", b"1")
+                for rank in range(self.client.world_size):
+                    self.client.store_get(f"left/{rank}", timeout_s=_FOREVER_S)
+        self._entry = None
+        self.communicator.close()
 
     def _note_waiting(self, waits: bool) -> None:
         if not waits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -215,3 +216,6 @@ if __name__ == "__main__":
     rendezvous.put(f"done/{rank}", b"1")
     for member in range(size):  # connections of a group stay open until all are done
         rendezvous.fetch(f"done/{member}", 60.0, threading.Event())
+    for thing in gc.get_objects():
+        if isinstance(thing, Communicator):
+            thing.close()

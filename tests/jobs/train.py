@@ -456,6 +456,8 @@ def main() -> None:
     module = Model()
     trainer.fit(module, ckpt_path=args.resume, weights_only=False)
     (out / f"digest{RANK}.json").write_text(json.dumps(digest(module, trainer), indent=1, sort_keys=True))
+    if args.strategy == "ddp":  # a thread of gloo that outlives the interpreter may end the process by SIGABRT
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -108,8 +108,6 @@ def run_stock(ranks: int, *arguments: str) -> dict[int, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(JOB), "--out", str(out), "--strategy", "ddp", *arguments]
     returncode, output = _execute(command, out, TIMEOUT_S)
-    if returncode != 0:  # torchrun's own rendezvous fails now and then; nothing of ours runs in this job
-        returncode, output = _execute(command, out, TIMEOUT_S)
     assert returncode == 0, output
     return _digests(out)
 
