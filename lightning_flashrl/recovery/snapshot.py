@@ -30,7 +30,7 @@ TENSORS_LIMIT_BYTES = 24 << 20
 LARGE_BYTES = 1 << 14
 """From this size on the memory of a tensor or array stays outside the pickle."""
 _UNPICKLABLE = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError)
-_STATELESS = (types.FunctionType, types.MethodType, types.ModuleType, type(threading.Lock()), type(threading.RLock()))
+_STATELESS = (types.FunctionType, types.ModuleType, type(threading.Lock()), type(threading.RLock()))
 """Cannot be pickled, some of them, and have nothing that would be lost."""
 
 
