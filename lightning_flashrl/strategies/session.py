@@ -131,6 +131,8 @@ class FitSession:
         assert self._state is not None
         restore_loggers(self.trainer, published.facts.get("loggers", []))
         self.runtime.remove_later_files(published.ordinal)
+        if published.facts["has_validation_loaders"] and self.trainer.val_dataloaders is None:
+            self.trainer.fit_loop.epoch_loop.val_loop.setup_data_alone()  # type: ignore[attr-defined]
         self._state.restore(published.schema, published.content, published.bulk)
         if published.point.kind is not ResumeKind.COMMIT:
             self.position.seek(fetcher, self.position.consumed)
@@ -252,6 +254,7 @@ class FitSession:
         facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer)}
         facts["layout"] = None if self._layout is None else self._layout.read()
         facts["first_version"] = self._first_version
+        facts["has_validation_loaders"] = self.trainer.val_dataloaders is not None
         facts["trainer"] = getattr(self.trainer.strategy.launcher, "number", -1)
         known = runtime.version if version is None else version
         while True:

@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--val-every", type=int, default=None, help="validate every N batches")
+    parser.add_argument("--val-epochs", type=int, default=1, help="validate every N epochs")
     parser.add_argument("--sanity", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=None)
     parser.add_argument("--resume", default=None)
@@ -484,7 +485,7 @@ def main() -> None:
         log_every_n_steps=1,
         num_sanity_val_steps=args.sanity,
         val_check_interval=args.val_every,
-        check_val_every_n_epoch=None if args.val_every else 1,
+        check_val_every_n_epoch=None if args.val_every else args.val_epochs,
         limit_train_batches=args.limit_train,
         limit_val_batches=args.limit_val,
         enable_checkpointing=bool(args.checkpoint_every) or "best" in HAS,

@@ -101,6 +101,7 @@ gradients are views | 3 | --ddp "{{'gradient_as_bucket_view': True, 'bucket_cap_
 static graph, first steps | 3 | --ddp "{{'static_graph': True, 'bucket_cap_mb': 0.005}}" | kill rank=0 step=1 phase=backward |
 activation checkpointing | 3 | --feature checkpointing --ddp "{SMALL_BUCKETS}" | kill rank=1 step=5 phase=backward |
 persistent workers | 2 | --workers 2 --feature persist | kill rank=0 step=8 phase=forward |
+validation every second epoch | 2 | --val-epochs 2 --epochs 4 --batches 3 | kill rank=1 step=4 phase=forward;kill rank=0 step=8 phase=backward |
 persistent workers in validation | 2 | --workers 2 --feature persist --feature valworkers --val-every 3 --epochs 3 | kill rank=0 step=7 phase=forward;kill rank=1 step=13 phase=backward |
 persistent workers in a validation that is killed | 2 | --workers 2 --feature persist --feature valworkers --sanity 2 --limit-val 2 --die 0:12:validation | |
 iterable with workers | 2 | --data iterable --workers 2 | kill rank=0 step=4 phase=optimizer_step |
