@@ -12,7 +12,7 @@ from typing import Any
 from lightning_flashrl.communicator.collectives import Collective
 from lightning_flashrl.communicator.communicator import Communicator
 from lightning_flashrl.communicator.holding import HoldingProcessGroup
-from lightning_flashrl.recovery import slot, snapshot
+from lightning_flashrl.recovery import bulk, slot, snapshot
 from lightning_flashrl.strategies import local_state, session
 from lightning_flashrl.strategies.runtime import RecoveryRuntime
 
@@ -21,7 +21,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "publish: capture": (local_state.LocalState, "capture"),
     "publish: capture: random states": (local_state, "capture_rng"),
     "publish: capture: freeze": (snapshot.Freezer, "freeze"),
-    "publish: capture: buffers": (snapshot.BufferWatch, "changed"),
+    "publish: capture: buffers": (bulk.TensorWatch, "look"),
     "publish: loggers": (session, "capture_loggers"),
     "publish: write to the slot": (slot.RankSlot, "write"),
     "gate": (RecoveryRuntime, "await_commit"),

@@ -4,7 +4,10 @@ The agent creates one anonymous memory file (memfd) for each of its ranks; ranks
 descriptor. Nothing has a name in the file system, so nothing can be left behind. A slot has one writer (the rank) and
 several readers (the agent, the other ranks of the node, the replacement).
 
-Layout: one page of 8-byte header words, then fixed regions. Memory of a region is only used once it is written.
+Layout: one page of 8-byte header words, then regions at fixed places, each with room for as much as the machine could
+hold. Memory of a region is only used once it is written. Only the header is mapped; regions are read and written by
+system calls, so their size counts towards no limit of the process's address space, and a machine without free memory
+answers with an error instead of a signal.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_flashrl import clock
@@ -84,6 +87,34 @@ class Region(enum.IntEnum):
     """Results of the collectives of set-up, appended."""
     FILES = 8
     """Files created since the last commit, appended."""
+    BULK_COMMIT_A = 9
+    BULK_COMMIT_B = 10
+    BULK_MID_A = 11
+    BULK_MID_B = 12
+    """Tensors that belong to the content of the buffer of that name."""
+
+    @property
+    def bulk(self) -> Region:
+        """Where the tensors that belong to this buffer's content lie."""
+        return _BULK_OF[self]
+
+
+_BULK_OF = {
+    Region.COMMIT_A: Region.BULK_COMMIT_A,
+    Region.COMMIT_B: Region.BULK_COMMIT_B,
+    Region.MID_A: Region.BULK_MID_A,
+    Region.MID_B: Region.BULK_MID_B,
+}
+
+
+@dataclass(slots=True)
+class _Usage:
+    """How much of a region holds memory, as far as its writer knows."""
+
+    held_bytes: int = 0
+    recent_bytes: int = 0
+    """Most that a recent write needed."""
+    num_recent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +145,17 @@ class RankSlot:
         region_bytes: capacity of each region; the same number that :meth:`create` was given.
     """
 
+    NUM_RECENT_WRITES = 16
+    """Writes after which memory that none of them needed is given back."""
+    SPARE_BYTES = 1 << 20
+    """Less than this is not worth giving back."""
+
     def __init__(self, fd: int, region_bytes: int) -> None:
         self.fd = fd
         self.region_bytes = region_bytes
-        self._map = mmap.mmap(fd, _HEADER_BYTES + len(Region) * region_bytes)
-        self._view = memoryview(self._map)
-        self._words = self._view[:_HEADER_BYTES].cast("Q")
+        self._map = mmap.mmap(fd, _HEADER_BYTES)
+        self._words = memoryview(self._map).cast("Q")
+        self._usage: dict[Region, _Usage] = {}
 
     @staticmethod
     def create(global_rank: int, region_bytes: int) -> int:
@@ -132,7 +168,6 @@ class RankSlot:
     def close(self) -> None:
         """Unmap the memory; the descriptor stays open."""
         self._words.release()
-        self._view.release()
         self._map.close()
 
     # ------------------------------------------------------------------ header
@@ -187,11 +222,12 @@ class RankSlot:
         self._words[Word.THREAD_BEAT_NS] = clock.now_ns()
 
     def reset(self) -> None:
-        """Forget everything: the job starts again from its beginning."""
+        """Forget everything, and give the memory back: the job starts again from its beginning."""
         for word in Word:
             self._words[word] = 0
-        for region in Region:
-            self.clear(region)
+        os.ftruncate(self.fd, _HEADER_BYTES)
+        os.ftruncate(self.fd, _HEADER_BYTES + len(Region) * self.region_bytes)
+        self._usage.clear()
 
     # ------------------------------------------------------------------ regions
     def _start(self, region: Region) -> int:
@@ -199,37 +235,85 @@ class RankSlot:
 
     def clear(self, region: Region) -> None:
         """Make a region empty."""
-        _PREFIX.pack_into(self._map, self._start(region), 0, 0)
+        self._set_prefix(region, 0, 0)
 
-    def write(self, region: Region, parts: Sequence[Buffer]) -> None:
-        """Replace a region's content with the concatenation of ``parts``.
+    def _set_prefix(self, region: Region, size: int, checksum: int) -> None:
+        _write_at(self.fd, _PREFIX.pack(size, checksum), self._start(region))
 
-        A reader sees the old content, nothing, or the whole new content: the length is set last and a checksum
-        covers the bytes.
+    def _prefix(self, region: Region) -> tuple[int, int]:
+        size, checksum = _PREFIX.unpack(os.pread(self.fd, _PREFIX.size, self._start(region)))
+        return size, checksum
+
+    def write(
+        self,
+        region: Region,
+        parts: Sequence[Buffer],
+        bulk: Iterable[tuple[int, Buffer]] = (),
+        bulk_bytes: int = 0,
+    ) -> None:
+        """Replace a region's content with the concatenation of ``parts``, and pieces of the bulk that belongs to it.
+
+        A reader sees the old content, nothing, or the whole new content: the region is emptied first and its length
+        set last, and a checksum covers ``parts``. No checksum covers the bulk, which would cost more than its copy.
+        It needs none: bulk is read only by way of a content, and while it is being written there is no content. What
+        was there before is in the other buffer, with a bulk of its own.
+
+        Args:
+            region: where to.
+            parts: the new content.
+            bulk: (offset, bytes) of the pieces that changed since this region was last written; the others stay.
+            bulk_bytes: where the bulk ends, written pieces and others.
 
         Raises:
-            SnapshotTooLargeError: the content does not fit; the region is empty then.
+            SnapshotTooLargeError: it does not fit; the old content is still there then.
         """
-        start = self._start(region)
-        self.clear(region)
         size = sum(len(part) for part in parts)
         if size > self.region_bytes - _PREFIX.size:
             raise SnapshotTooLargeError(size, self.region_bytes - _PREFIX.size)
-        position, checksum = start + _PREFIX.size, 0
+        if bulk_bytes > self.region_bytes:
+            raise SnapshotTooLargeError(bulk_bytes, self.region_bytes)
+        self.clear(region)
+        if region in _BULK_OF:
+            start = self._start(region.bulk)
+            for offset, piece in bulk:
+                _write_at(self.fd, piece, start + offset)
+            self._note_use(region.bulk, bulk_bytes)
+        position, checksum = self._start(region) + _PREFIX.size, 0
         for part in parts:
-            self._view[position : position + len(part)] = part
+            _write_at(self.fd, part, position)
             checksum = zlib.crc32(part, checksum)
             position += len(part)
-        _PREFIX.pack_into(self._map, start, size, checksum)
+        self._set_prefix(region, size, checksum)
+        self._note_use(region, _PREFIX.size + size)
+
+    def _note_use(self, region: Region, size: int) -> None:
+        """Give back what lies behind ``size``, once no recent write needed it."""
+        usage = self._usage.setdefault(region, _Usage())
+        usage.held_bytes = max(usage.held_bytes, size)
+        usage.recent_bytes = max(usage.recent_bytes, size)
+        usage.num_recent += 1
+        if usage.num_recent < self.NUM_RECENT_WRITES:
+            return
+        kept = -(-usage.recent_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if usage.held_bytes - kept >= max(self.SPARE_BYTES, kept):
+            start = self._start(region) + kept
+            with mmap.mmap(self.fd, usage.held_bytes - kept, offset=start) as spare:
+                spare.madvise(mmap.MADV_REMOVE)
+            usage.held_bytes = kept
+        usage.recent_bytes = usage.num_recent = 0
 
     def read(self, region: Region) -> bytes | None:
         """Return a region's content, or ``None`` when it is empty or was being written when its writer died."""
-        start = self._start(region)
-        size, checksum = _PREFIX.unpack_from(self._map, start)
+        size, checksum = self._prefix(region)
         if size == 0 or size > self.region_bytes - _PREFIX.size:
             return None
-        content = bytes(self._view[start + _PREFIX.size : start + _PREFIX.size + size])
-        return content if zlib.crc32(content) == checksum else None
+        content = bytearray(size)
+        _read_into(self.fd, memoryview(content), self._start(region) + _PREFIX.size)
+        return bytes(content) if zlib.crc32(content) == checksum else None
+
+    def read_bulk(self, region: Region, offset: int, target: memoryview) -> None:
+        """Fill ``target`` from the bulk that belongs to a region's content."""
+        _read_into(self.fd, target, self._start(region.bulk) + offset)
 
     def append(self, region: Region, record: Buffer) -> None:
         """Add one record to an appended region.
@@ -237,27 +321,42 @@ class RankSlot:
         Raises:
             SnapshotTooLargeError: the region is full; its content stays.
         """
-        start = self._start(region)
-        used, _ = _PREFIX.unpack_from(self._map, start)
+        used, _ = self._prefix(region)
         end = used + _PREFIX.size + len(record)
         if end > self.region_bytes - _PREFIX.size:
             raise SnapshotTooLargeError(end, self.region_bytes - _PREFIX.size)
-        position = start + _PREFIX.size + used
-        _PREFIX.pack_into(self._map, position, len(record), zlib.crc32(record))
-        self._view[position + _PREFIX.size : position + _PREFIX.size + len(record)] = record
-        _PREFIX.pack_into(self._map, start, end, 0)
+        position = self._start(region) + _PREFIX.size + used
+        _write_at(self.fd, _PREFIX.pack(len(record), zlib.crc32(record)), position)
+        _write_at(self.fd, record, position + _PREFIX.size)
+        self._set_prefix(region, end, 0)
 
     def records(self, region: Region) -> list[bytes]:
         """Return the complete records of an appended region, oldest first."""
-        start = self._start(region)
-        used, _ = _PREFIX.unpack_from(self._map, start)
-        position, end = start + _PREFIX.size, start + _PREFIX.size + min(used, self.region_bytes - _PREFIX.size)
+        used, _ = self._prefix(region)
+        content = memoryview(bytearray(min(used, self.region_bytes - _PREFIX.size)))
+        _read_into(self.fd, content, self._start(region) + _PREFIX.size)
         found: list[bytes] = []
-        while position + _PREFIX.size <= end:
-            size, checksum = _PREFIX.unpack_from(self._map, position)
-            record = bytes(self._view[position + _PREFIX.size : position + _PREFIX.size + size])
+        position = 0
+        while position + _PREFIX.size <= len(content):
+            size, checksum = _PREFIX.unpack_from(content, position)
+            record = bytes(content[position + _PREFIX.size : position + _PREFIX.size + size])
             if len(record) != size or zlib.crc32(record) != checksum:
                 break
             found.append(record)
             position += _PREFIX.size + size
         return found
+
+
+def _write_at(fd: int, content: Buffer, position: int) -> None:
+    rest = memoryview(content)
+    while rest:  # the kernel writes at most 2 GiB at once
+        written = os.pwrite(fd, rest, position)
+        rest, position = rest[written:], position + written
+
+
+def _read_into(fd: int, target: memoryview, position: int) -> None:
+    while target:
+        count = os.preadv(fd, [target], position)
+        if count == 0:
+            raise EOFError(f"the slot ends {len(target)} bytes before the content that it should hold")
+        target, position = target[count:], position + count

@@ -3,7 +3,8 @@
 Replicated tensors (parameters, optimizer state) are not here: every other rank has them. What is here is what no other
 rank has: random number generators, loop counters, partial metrics, and whatever the user's modules and callbacks keep
 in attributes. A :class:`Freezer` writes the attributes of known objects as one pickle, in which known objects and
-tensors of the model appear by name. The bytes never leave the memory of this host.
+tensors of the model appear by name; large tensors and arrays stay outside it, to be copied once. The bytes never leave
+the memory of this host.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ from __future__ import annotations
 import io
 import pickle
 import random
-from collections.abc import Callable, Iterable, Mapping
+import threading
+import types
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from lightning_flashrl.recovery.bulk import bytes_of
+
 _PLAIN = (int, float, bool, str, bytes, type(None))
 TENSORS_LIMIT_BYTES = 24 << 20
-"""What tensors in one attribute may take together: copying them costs little more than their memory traffic."""
+"""What tensors and large arrays in one attribute may take together: they are copied at every step."""
+LARGE_BYTES = 1 << 14
+"""From this size on the memory of a tensor or array stays outside the pickle."""
+_UNPICKLABLE = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError)
+_STATELESS = (types.FunctionType, types.ModuleType, type(threading.Lock()), type(threading.RLock()))
+"""Cannot be pickled, some of them, and have nothing that would be lost."""
 
 
 # ---------------------------------------------------------------------- random states
@@ -54,15 +64,17 @@ def restore_rng(states: tuple[Any, ...], device: torch.device | None = None) -> 
 # ---------------------------------------------------------------------- tensors by value
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The tensor's values as bytes, in row order."""
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return bytes_of(tensor).tobytes()
 
 
-def tensor_from_bytes(content: bytes, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Tensor:
-    """Inverse of :func:`tensor_bytes`."""
+def tensor_from_bytes(
+    content: bytes | bytearray, dtype: torch.dtype, shape: tuple[int, ...], device: str
+) -> torch.Tensor:
+    """Inverse of :func:`tensor_bytes`; the tensor uses the memory of a ``bytearray``."""
     if not content:
         return torch.empty(shape, dtype=dtype, device=device)
-    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).reshape(shape)
+    writable = content if isinstance(content, bytearray) else bytearray(content)
+    tensor = torch.frombuffer(writable, dtype=torch.uint8).view(dtype).reshape(shape)
     return tensor if device == "cpu" else tensor.to(device)
 
 
@@ -92,19 +104,84 @@ class _Watched:
     keys: tuple[str, ...] = ()
     getter: Callable[[Any], Any] | None = None
     num_attributes: int = -1
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, Refusal] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Refusal:
+    """An attribute that is not kept, and the value for which this was decided.
+
+    Attributes:
+        owner: the watched object.
+        attribute: of it.
+        reason: what is wrong with the value.
+        is_too_large: whether that is its size.
+        has_state: whether a replacement lacks something without it, as far as the value's type tells.
+    """
+
+    owner: Any
+    attribute: str
+    reason: str
+    is_too_large: bool
+    has_state: bool
+    _identity: tuple[int, type] = field(init=False)
+    _num_others: int = 0
+    _is_in_doubt: bool = False
+
+    def __post_init__(self) -> None:
+        self._identity = self._identify()
+
+    def _identify(self) -> tuple[int, type]:
+        value = vars(self.owner).get(self.attribute)
+        return id(value), type(value)
+
+    def is_in_doubt(self) -> bool:
+        """Whether to look again: the value is another object, for the 1st, 2nd, 4th, 8th… time."""
+        identity = self._identify()
+        if identity != self._identity:
+            self._identity = identity
+            self._num_others += 1
+            self._is_in_doubt |= self._num_others & (self._num_others - 1) == 0
+        return self._is_in_doubt
+
+    def confirm(self, reason: str) -> None:
+        """It was looked at again, and the value cannot be kept either."""
+        self.reason = reason
+        self._is_in_doubt = False
+
+
+class Frozen(NamedTuple):
+    """Attributes of known objects, frozen.
+
+    Attributes:
+        schema: which attributes of which objects.
+        content: their values.
+        buffers: memory of large tensors and arrays in them, in order; live, so to be copied before anybody writes.
+    """
+
+    schema: bytes
+    content: bytes
+    buffers: list[memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it."""
+        return len(self.content) + sum(buffer.nbytes for buffer in self.buffers)
 
 
 class Freezer:
     """Keeps the plain attributes of a set of known objects.
 
+    An attribute that cannot be kept is left out, and looked at again when its value is another object. One whose value
+    is another object at every step is looked at less and less often.
+
     Args:
         attribute_limit_bytes: an attribute that takes more is left out, and reported through ``on_refused``.
-        on_refused: told (object name, attribute, reason) once for each attribute that cannot be kept.
+        on_refused: told once for each attribute that cannot be kept.
     """
 
     def __init__(
-        self, attribute_limit_bytes: int = 1 << 20, on_refused: Callable[[Any, str, str], None] = lambda *_: None
+        self, attribute_limit_bytes: int = 1 << 20, on_refused: Callable[[Refusal], None] = lambda refusal: None
     ) -> None:
         self._limit = attribute_limit_bytes
         self._on_refused = on_refused
@@ -122,6 +199,8 @@ class Freezer:
         self._schema = b""
         self._is_stale = True
         self._num_tensor_bytes = 0
+        self._refusals: list[Refusal] = []
+        self._told: set[tuple[Any, str]] = set()
 
     # ------------------------------------------------------------------ what is known
     def name(self, thing: Any, name: Any) -> None:
@@ -150,50 +229,75 @@ class Freezer:
         name = self._names.get(id(tensor))
         if name is not None:
             return (_named, (name,))
-        self._num_tensor_bytes += tensor.nbytes
-        return (tensor_from_bytes, (tensor_bytes(tensor), tensor.dtype, tuple(tensor.shape), str(tensor.device)))
+        content: Any
+        if tensor.nbytes >= LARGE_BYTES:
+            content = pickle.PickleBuffer(bytes_of(tensor))
+        else:
+            self._num_tensor_bytes += tensor.nbytes
+            content = tensor_bytes(tensor)
+        return (tensor_from_bytes, (content, tensor.dtype, tuple(tensor.shape), str(tensor.device)))
 
-    def _dumps(self, thing: Any) -> bytes:
-        stream = io.BytesIO()
-        pickler = pickle.Pickler(stream, protocol=5)
+    def _dumps(self, thing: Any) -> Frozen:
+        stream, buffers = io.BytesIO(), list[memoryview]()
+
+        def goes_inside(buffer: pickle.PickleBuffer) -> bool:
+            memory = buffer.raw()
+            if memory.nbytes >= LARGE_BYTES:
+                buffers.append(memory)
+                return False
+            return True
+
+        pickler = pickle.Pickler(stream, protocol=5, buffer_callback=goes_inside)
         pickler.dispatch_table = self._dispatch
         pickler.dump(thing)
-        return stream.getvalue()
+        return Frozen(self._schema, stream.getvalue(), buffers)
 
     # ------------------------------------------------------------------ schema
     def _may_keep(self, watched: _Watched, key: str, value: Any) -> bool:
         if key in watched.excluded:
             return False
-        if isinstance(value, _PLAIN):
-            return True
-        if key in watched.refused:
+        refusal = watched.refused.get(key)
+        if isinstance(value, _PLAIN) or id(value) in self._names:
+            may_keep = not isinstance(value, self._skipped)
+        elif isinstance(value, self._skipped) or (refusal is not None and not refusal.is_in_doubt()):
             return False
-        if isinstance(value, self._skipped) or id(value) in self._names:
-            return not isinstance(value, self._skipped)
+        else:
+            may_keep = self._try(watched, key, value)
+        if may_keep and refusal is not None:
+            self._refusals.remove(watched.refused.pop(key))
+        return may_keep
+
+    def _try(self, watched: _Watched, key: str, value: Any) -> bool:
         self._num_tensor_bytes = 0
         try:
-            size = len(self._dumps(value))
-        except (
-            pickle.PicklingError,
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-            ValueError,
-            RuntimeError,
-        ) as error:
-            watched.refused[key] = f"cannot be pickled ({error})"
-        else:
-            tensors = min(self._num_tensor_bytes, size)
-            if size - tensors <= self._limit and tensors <= TENSORS_LIMIT_BYTES:
-                return True
-            watched.refused[key] = f"takes {size} bytes, more than {self._limit} (or {TENSORS_LIMIT_BYTES} in tensors)"
-        self._on_refused(watched.name, key, watched.refused[key])
+            frozen = self._dumps(value)
+        except _UNPICKLABLE as error:
+            self._refuse(watched, key, f"cannot be pickled ({error})", has_state=not isinstance(value, _STATELESS))
+            return False
+        tensors = self._num_tensor_bytes + sum(buffer.nbytes for buffer in frozen.buffers)
+        if frozen.num_bytes - tensors <= self._limit and tensors <= TENSORS_LIMIT_BYTES:
+            return True
+        limits = f"{self._limit} (or {TENSORS_LIMIT_BYTES} in tensors)"
+        self._refuse(watched, key, f"takes {frozen.num_bytes} bytes, more than {limits}", is_too_large=True)
         return False
+
+    def _refuse(
+        self, watched: _Watched, key: str, reason: str, *, is_too_large: bool = False, has_state: bool = True
+    ) -> None:
+        refusal = watched.refused.get(key)
+        if refusal is not None:
+            refusal.confirm(reason)
+            return
+        refusal = watched.refused[key] = Refusal(watched.object, key, reason, is_too_large, has_state)
+        self._refusals.append(refusal)
+        if (watched.name, key) not in self._told:
+            self._told.add((watched.name, key))
+            self._on_refused(refusal)
 
     def refuse_largest(self) -> bool:
         """Leave out, from now on, the attribute that takes most; false if none is worth it."""
         sizes = [
-            (len(self._dumps(vars(watched.object)[key])), index, key)
+            (self._dumps(vars(watched.object)[key]).num_bytes, index, key)
             for index, watched in enumerate(self._watched)
             for key in watched.keys
             if not isinstance(vars(watched.object).get(key), _PLAIN) and key in vars(watched.object)
@@ -201,13 +305,14 @@ class Freezer:
         if not sizes or max(sizes)[0] < self._limit:
             return False
         size, index, key = max(sizes)
-        self._watched[index].refused[key] = f"has grown to {size} bytes"
-        self._on_refused(self._watched[index].name, key, self._watched[index].refused[key])
+        self._refuse(self._watched[index], key, f"has grown to {size} bytes", is_too_large=True)
         self._is_stale = True
         return True
 
     def _refresh(self, watched: _Watched) -> None:
         attributes = vars(watched.object)
+        for key in watched.refused.keys() - attributes.keys():
+            self._refusals.remove(watched.refused.pop(key))
         watched.keys = tuple(key for key, value in attributes.items() if self._may_keep(watched, key, value))
         watched.num_attributes = len(attributes)
         watched.getter = itemgetter(*watched.keys) if watched.keys else None
@@ -219,26 +324,34 @@ class Freezer:
         self._is_stale = False
 
     # ------------------------------------------------------------------ freeze and thaw
-    def freeze(self, extra: Any = None) -> tuple[bytes, bytes]:
-        """Return (schema, content) of all watched objects and of ``extra``, which may refer to them."""
-        if self._is_stale or any(len(vars(w.object)) != w.num_attributes for w in self._watched):
+    def _needs_schema(self) -> bool:
+        return (
+            self._is_stale
+            or any(len(vars(w.object)) != w.num_attributes for w in self._watched)
+            or any(refusal.is_in_doubt() for refusal in self._refusals)
+        )
+
+    def freeze(self, extra: Any = None) -> Frozen:
+        """Freeze all watched objects and ``extra``, which may refer to them."""
+        if self._needs_schema():
             self._update_schema()
         try:
-            return self._schema, self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
-        except (pickle.PicklingError, TypeError, AttributeError, KeyError, RuntimeError):
+            return self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
+        except (*_UNPICKLABLE, KeyError):
             self._update_schema()  # an attribute vanished, or holds something new that cannot be kept
-            return self._schema, self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
+            return self._dumps(([w.getter(vars(w.object)) for w in self._watched if w.getter], extra))
 
-    def thaw(self, schema: bytes, content: bytes) -> Any:
+    def thaw(self, schema: bytes, content: bytes, buffers: Iterable[Any] = ()) -> Any:
         """Set the attributes of all watched objects to what was frozen; return ``extra``.
 
         Args:
             schema: from :meth:`freeze`.
             content: from :meth:`freeze`.
+            buffers: from :meth:`freeze`; what is thawed uses their memory.
         """
         _thawing.append(self._objects.__getitem__)
         try:
-            states, extra = pickle.loads(content)  # our own memory, never the network
+            states, extra = pickle.loads(content, buffers=buffers)  # our own memory, never the network
         finally:
             _thawing.pop()
         for (name, keys), values in zip(pickle.loads(schema), states, strict=True):
@@ -249,32 +362,3 @@ class Freezer:
                 values = (values,)
             vars(target).update(zip(keys, values, strict=True))
         return extra
-
-
-# ---------------------------------------------------------------------- changed buffers
-class BufferWatch:
-    """Finds tensors that were written in place since they were last looked at.
-
-    A write is seen by the tensor's version counter. Some kernels (running statistics) do not count their writes, and
-    small tensors are not worth the doubt: those are always taken to be changed.
-
-    Args:
-        tensors: by name.
-        always: names of tensors that are taken to be changed whatever their counter says.
-    """
-
-    SMALL_BYTES = 1 << 15
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], always: Iterable[str] = ()) -> None:
-        self._tensors = dict(tensors)
-        self._versions = {name: tensor._version for name, tensor in self._tensors.items()}
-        self._changed = {name for name in always if name in self._tensors}
-        self._changed |= {name for name, tensor in self._tensors.items() if tensor.nbytes <= self.SMALL_BYTES}
-        self._unchanged = set(self._tensors) - self._changed
-
-    def changed(self) -> dict[str, torch.Tensor]:
-        """Tensors that may differ from the start, by name."""
-        found = {name for name in self._unchanged if self._tensors[name]._version != self._versions[name]}
-        self._changed |= found
-        self._unchanged -= found
-        return {name: self._tensors[name] for name in sorted(self._changed)}

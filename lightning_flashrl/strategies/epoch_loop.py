@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
@@ -83,6 +84,35 @@ class FlashTrainingEpochLoop(_TrainingEpochLoop):
             self.session.runtime.request_stop()
 
 
+class FlashEvaluationLoop(_EvaluationLoop):
+    """A validation of which a replacement's workers can be given the state."""
+
+    session: FitSession
+
+    def setup_data(self) -> None:
+        """Make the loaders, and follow what their workers do."""
+        before = self._combined_loader
+        super().setup_data()
+        if self._combined_loader is not None and self._combined_loader is not before:
+            self.session.position.follow_validation(self._combined_loader.flattened)
+
+    def setup_data_alone(self) -> None:
+        """Make the loaders in a replacement; the others made theirs in training, and have passed the collectives."""
+        strategy: Any = self.trainer.strategy
+        strategy.barrier = lambda *_, **__: None
+        strategy.reduce = lambda length, *_, **__: length  # asked whether some rank has samples
+        try:
+            self.setup_data()
+        finally:
+            del strategy.barrier, strategy.reduce
+
+    def reset(self) -> None:
+        """Let workers catch up before the iterator is made."""
+        epoch: int = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        self.session.position.begin_validation(epoch)
+        super().reset()
+
+
 class FlashFitLoop(_FitLoop):
     """A fit whose ranks leave together, so that the last of them can still be replaced."""
 
@@ -111,6 +141,8 @@ def install_loops(session: FitSession, fit_loop: _FitLoop, module: LightningModu
     fit_loop.__class__ = FlashFitLoop
     fit_loop.epoch_loop.__class__ = FlashTrainingEpochLoop
     fit_loop.epoch_loop.automatic_optimization.__class__ = FlashAutomaticOptimization
-    loops: tuple[Any, ...] = (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization)
+    fit_loop.epoch_loop.val_loop.__class__ = FlashEvaluationLoop
+    epoch_loop = fit_loop.epoch_loop
+    loops: tuple[Any, ...] = (fit_loop, epoch_loop, epoch_loop.automatic_optimization, epoch_loop.val_loop)
     for loop in loops:
         loop.session = session

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,7 +25,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
-from lightning_flashrl.recovery.snapshot import BufferWatch, Freezer, capture_rng, restore_rng
+from lightning_flashrl.recovery.bulk import BulkWriter, Snapshot, StoredBulk, Tensors, TensorWatch
+from lightning_flashrl.recovery.slot import Region
+from lightning_flashrl.recovery.snapshot import Freezer, Refusal, capture_rng, restore_rng
 
 if TYPE_CHECKING:
     from lightning_flashrl.strategies.position import DataPosition
@@ -50,6 +52,10 @@ _LOOP_REFERENCES = frozenset(
     {"trainer", "_combined_loader", "_data_fetcher", "_data_source", "_warning_cache", "epoch_loop", "val_loop"}
     | {"automatic_optimization", "manual_optimization", "_logger_connector"}
 )
+_LIBRARIES = frozenset(
+    {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_flashrl", "torch", "torchmetrics"}
+)
+"""Their own unpicklable attributes are made anew, and no user could change that."""
 _PLAIN = (bool, int, float, str, type(None))
 _WRAPPER_FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 _RESULT_FIELDS = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
@@ -117,21 +123,35 @@ class LocalState:
         self._freezer = Freezer(on_refused=self._report_refused)
         self._freezer._dispatch[_ResultMetric] = _reduce_result
         self._freezer._dispatch[_ResultCollection] = _reduce_collection
-        self._values: dict[str, torch.Tensor] = {}
-        self._always: set[str] = set()
+        self._places: dict[str, tuple[Tensors, str]] = {}
+        """Of buffers, frozen parameters and all that modules of callbacks hold."""
+        self._frozen: dict[str, nn.Parameter] = {}
+        self._uncounted: set[str] = set()
         self._told_of_outputs = False
+        self._unpicklable: list[Refusal] = []
         self._name_objects()
-        self._buffers = BufferWatch(self._values, always=self._always)
+        self._watch = TensorWatch(self._places, self._uncounted)
+        self._bulk = BulkWriter()
 
-    @staticmethod
-    def _report_refused(owner: Any, attribute: str, reason: str) -> None:
-        if "bytes" in reason:
+    def _report_refused(self, refusal: Refusal) -> None:
+        owner = type(refusal.owner).__name__
+        if refusal.is_too_large:
             rank_zero_warn(
-                f"flash_ddp: attribute {attribute!r} of {owner} {reason}; a replacement of this rank will not have it. "
-                "Keep it smaller, or in a buffer or in optimizer state"
+                f"flash_ddp: attribute {refusal.attribute!r} of {owner} {refusal.reason}; a replacement of this rank "
+                "will not have it. Keep it smaller, or in a buffer, a module or optimizer state"
             )
+        elif refusal.has_state and type(refusal.owner).__module__.partition(".")[0] not in _LIBRARIES:
+            self._unpicklable.append(refusal)
         else:
-            log.debug("not kept for a replacement: %s.%s %s", owner, attribute, reason)
+            log.debug("not kept for a replacement: %s.%s %s", owner, refusal.attribute, refusal.reason)
+
+    def _warn_of_unpicklable(self) -> None:
+        names = sorted({f"{type(refusal.owner).__name__}.{refusal.attribute}" for refusal in self._unpicklable})
+        self._unpicklable.clear()
+        rank_zero_warn(
+            f"flash_ddp: these attributes cannot be pickled: {', '.join(names)}; a replacement of this rank has those "
+            "that its own start makes. Where they change in training, keep what they are made from in other attributes"
+        )
 
     def _name_objects(self) -> None:
         trainer, freezer = self._trainer, self._freezer
@@ -142,8 +162,6 @@ class LocalState:
             freezer.name(optimizer, ("optimizer", index))
         for name, parameter in self._parameters.items():
             freezer.name(parameter, ("parameter", name))
-            if not parameter.requires_grad:
-                self._values[f"module.{name}"] = parameter
         self._watch_tree(self._module, "module")
         loops = {
             "fit": trainer.fit_loop,
@@ -171,22 +189,32 @@ class LocalState:
                 excluded = excluded | _METRIC_INTERNALS
             self._freezer.watch(module, ("submodule", name), excluded)
             if hasattr(module, "track_running_stats"):  # normalisation kernels write without leaving a trace
-                self._always.update(f"{name}.{key}" for key in module._buffers)
+                self._uncounted.update(f"{name}.{key}" for key in module._buffers)
+            for key in module._buffers:
+                self._places[f"{name}.{key}"] = (module._buffers, key)
+            for key, parameter in module._parameters.items():
+                if parameter is not None and (root is not self._module or not parameter.requires_grad):
+                    self._places[f"{name}.{key}"] = (cast(Tensors, module._parameters), key)
+                    if root is self._module:
+                        self._frozen[f"{name}.{key}"] = parameter
         for name, buffer in root.named_buffers(prefix=prefix):
             self._freezer.name(buffer, ("buffer", name))
-            self._values[name] = buffer
         if root is not self._module:
             for name, parameter in root.named_parameters(prefix=prefix):
                 self._freezer.name(parameter, ("parameter", name))
-                self._values[name] = parameter
 
-    def capture(self, outputs: Any = None) -> tuple[bytes, bytes]:
-        """Return (schema, content) of this moment.
+    def capture(self, outputs: Any = None) -> Snapshot:
+        """Return the state of this moment, to be written before anything changes.
 
         Args:
             outputs: of the training step, for the hooks that a replacement has still to call.
         """
         trainer = self._trainer
+        written = self._watch.look()
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad:  # trained from now on: a donor has it, one update ahead
+                written.pop(name, None)
+        small = {name for name, found in written.items() if found.tensor.nbytes <= TensorWatch.SMALL_BYTES}
         extra = {
             "rng": capture_rng(self._device),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
@@ -195,13 +223,21 @@ class LocalState:
                 for optimizer in trainer.optimizers
             ],
             "requires_grad": [parameter.requires_grad for parameter in self._parameters.values()],
-            "buffers": {name: tensor.detach().clone() for name, tensor in self._buffers.changed().items()},
+            "buffers": {name: written.pop(name).tensor.detach() for name in sorted(small)},
             "data": self._position.capture(),
             "flags": {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)},
             "wrapper": {name: getattr(trainer.model, name) for name in _WRAPPER_FLAGS if hasattr(trainer.model, name)},
             "outputs": self._bounded(outputs),
         }
-        return self._freezer.freeze(extra)
+        frozen = self._freezer.freeze(extra)
+        if self._unpicklable:
+            self._warn_of_unpicklable()
+        contents, bulk_bytes = self._bulk.lay_out(written, frozen.buffers)
+
+        def pieces(region: Region) -> Iterator[tuple[int, memoryview]]:
+            return self._bulk.pieces(region, contents, written, frozen.buffers)
+
+        return Snapshot(frozen.schema, frozen.content, contents, bulk_bytes, pieces)
 
     def _bounded(self, outputs: Any) -> Any:
         """The step's outputs without tensors that are too large for the slot."""
@@ -222,7 +258,7 @@ class LocalState:
         """Leave out the largest attribute from now on, with a warning; false if nothing large is left."""
         return self._freezer.refuse_largest()
 
-    def restore(self, schema: bytes, content: bytes) -> Any:
+    def restore(self, schema: bytes, content: bytes, bulk: StoredBulk) -> Any:
         """Set this rank's state to a captured one; the data position is left to the caller.
 
         Returns:
@@ -230,7 +266,7 @@ class LocalState:
         """
         trainer = self._trainer
         results = trainer.fit_loop.epoch_loop._results
-        extra = self._freezer.thaw(schema, content)
+        extra = self._freezer.thaw(schema, content, bulk.buffers())
         trainer.fit_loop.epoch_loop._results.batch = results.batch
         for config, state in zip(trainer.lr_scheduler_configs, extra["schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
@@ -243,10 +279,24 @@ class LocalState:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for name, value in extra["buffers"].items():
-                self._values[name].copy_(value)
+                self._live(name, value.dtype, tuple(value.shape)).copy_(value)
+        for name, place in bulk.contents.places.items():
+            bulk.fill(name, self._live(name, getattr(torch, place.dtype), place.shape))
         vars(trainer).update(extra["flags"])
         for name, value in extra["wrapper"].items():
             setattr(trainer.model, name, value)
         self._position.restore(extra["data"])
         restore_rng(extra["rng"], self._device)
         return extra["outputs"]
+
+    def _live(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The live tensor of that name; one of another type or shape, or none, gives way to a new one."""
+        owner, key = self._places[name]
+        tensor = owner.get(key)
+        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+            if isinstance(tensor, nn.Parameter):
+                tensor.data = torch.empty(shape, dtype=dtype, device=tensor.device)
+            else:
+                device = self._device if tensor is None else tensor.device
+                tensor = owner[key] = torch.empty(shape, dtype=dtype, device=device)
+        return tensor

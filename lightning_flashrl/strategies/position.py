@@ -28,6 +28,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
 from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
+from lightning_flashrl.strategies.worker_history import WorkerHistory
 
 _SEEDED_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, BatchSampler)
 """Samplers that draw nothing from the global generators after they gave their first batch."""
@@ -59,6 +60,8 @@ class DataPosition:
         """Of a replacement: how its own set-up made the iterator."""
         self.offset = 0
         """Batches that the loop counts as fetched although this iterator did not give them (a resumed epoch)."""
+        self._validation: list[WorkerHistory] = []
+        """Of validation loaders with persistent workers."""
 
     def begin_iterator(self, epoch: int, loaders: list[Any]) -> None:
         """The training iterator is about to be made: its seeds come from the random states of this moment."""
@@ -101,18 +104,32 @@ class DataPosition:
         for generator, state in zip(self._owned, states, strict=False):
             _set_state(generator, state)
 
+    def follow_validation(self, loaders: list[Any]) -> None:
+        """The loaders of validation are these."""
+        self._validation = [
+            WorkerHistory(loader, self._device) for loader in loaders if WorkerHistory.is_needed(loader)
+        ]
+
+    def begin_validation(self, epoch: int) -> None:
+        """The iterator of validation is about to be made or reset."""
+        for history in self._validation:
+            history.begin(epoch)
+
     def capture(self) -> tuple[Any, ...]:
         """This position as plain values."""
         origin = (self._rng_at_iter, self._generators, self._epoch, self._past)
-        return (origin, dict(self._before), self._capture_owned(), self.consumed, self.offset)
+        validation = tuple(history.capture() for history in self._validation)
+        return (origin, dict(self._before), self._capture_owned(), self.consumed, self.offset, validation)
 
     def restore(self, captured: tuple[Any, ...]) -> None:
         """Take over a captured position; the iterator follows with :meth:`seek`."""
         self._made = self._made or (self._rng_at_iter, self._generators, self._epoch)
-        origin, before, self._owned_now, self.consumed, self.offset = captured
+        origin, before, self._owned_now, self.consumed, self.offset, validation = captured
         self._rng_at_iter, self._generators, self._epoch, self._past = origin
         self._before = dict(before)
         self._restore_owned(self._owned_now)
+        for history, passes in zip(self._validation, validation, strict=False):
+            history.adopt(passes)
 
     def seek(self, fetcher: _DataFetcher, consumed: int) -> None:
         """Make the training iterator anew, as it was made, and step over ``consumed`` batches.

@@ -41,6 +41,7 @@ from lightning_flashrl.communicator.communicator import Communicator
 from lightning_flashrl.communicator.holding import DEFAULT_GROUP, HoldingProcessGroup
 from lightning_flashrl.communicator.install import make_default
 from lightning_flashrl.errors import NoDonorError
+from lightning_flashrl.recovery.bulk import Snapshot, StoredBulk
 from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
 from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
@@ -64,7 +65,8 @@ class Published:
         point: where in the program.
         facts: small values that a replacement needs before it has set up anything (logger versions, …).
         schema: of the frozen state.
-        content: the frozen state.
+        content: the frozen state, without large tensors.
+        bulk: the large tensors, still in the slot.
     """
 
     ordinal: int
@@ -72,6 +74,7 @@ class Published:
     facts: dict[str, Any]
     schema: bytes
     content: bytes
+    bulk: StoredBulk
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class RecoveryRuntime:
         self.version = 0
         """Optimizer updates contained in this rank's parameters and optimizer state."""
         self.ordinal = 0
+        self._mid_parity = 0
         self._files: list[tuple[int, str]] = []
         self._last_commit_ordinal = 0
         self.num_fits = 0
@@ -266,33 +270,30 @@ class RecoveryRuntime:
             if content is not None:
                 header_size = int.from_bytes(content[:4], "little")
                 schema_size = int.from_bytes(content[4:8], "little")
-                ordinal, point, facts = pickle.loads(content[8 : 8 + header_size])
+                ordinal, point, facts, bulk = pickle.loads(content[8 : 8 + header_size])
                 start = 8 + header_size
-                found.append(
-                    Published(
-                        ordinal, point, facts, content[start : start + schema_size], content[start + schema_size :]
-                    )
-                )
+                schema, rest = content[start : start + schema_size], content[start + schema_size :]
+                found.append(Published(ordinal, point, facts, schema, rest, StoredBulk(slot, region, bulk)))
         return sorted(found, key=lambda published: -published.ordinal)
 
-    def publish(
-        self, kind: ResumeKind, batch: int, version: int, state: tuple[bytes, bytes], facts: dict[str, Any]
-    ) -> None:
-        """Write a resume point to the slot: from now on a replacement can enter here."""
-        buffers = _COMMIT_BUFFERS if kind is ResumeKind.COMMIT else _MID_BUFFERS
-        self.ordinal += 1
-        if kind is ResumeKind.COMMIT:
-            region = buffers[version % 2]
-        else:
-            self._mid_parity = 1 - getattr(self, "_mid_parity", 0)
-            region = buffers[self._mid_parity]
+    def publish(self, kind: ResumeKind, batch: int, version: int, state: Snapshot, facts: dict[str, Any]) -> None:
+        """Write a resume point to the slot: from now on a replacement can enter here.
+
+        Raises:
+            SnapshotTooLargeError: the state does not fit; nothing has changed then.
+        """
+        is_commit = kind is ResumeKind.COMMIT
+        parity = version % 2 if is_commit else 1 - self._mid_parity
+        region = (_COMMIT_BUFFERS if is_commit else _MID_BUFFERS)[parity]
         point = ResumePoint(kind, batch, version, self.communicator.next_seqs(), int(region))
         transport = (self.communicator.transport.backend, self.device.type, self._timeout_s)
         facts = {**facts, "fit": self.num_fits, "section": self.section, "transport": transport}
-        header = pickle.dumps((self.ordinal, point, facts), protocol=5)
-        schema, content = state
-        sizes = len(header).to_bytes(4, "little") + len(schema).to_bytes(4, "little")
-        self.slot.write(region, [sizes, header, schema, content])
+        header = pickle.dumps((self.ordinal + 1, point, facts, state.bulk), protocol=5)
+        sizes = len(header).to_bytes(4, "little") + len(state.schema).to_bytes(4, "little")
+        self.slot.write(region, [sizes, header, state.schema, state.content], state.pieces(region), state.bulk_bytes)
+        self.ordinal += 1
+        if not is_commit:
+            self._mid_parity = parity
         if not self.is_training:
             self.is_training = True
             self.communicator.stop_recording()

@@ -128,10 +128,12 @@ class FitSession:
         assert self._state is not None
         restore_loggers(self.trainer, published.facts.get("loggers", []))
         self.runtime.remove_later_files(published.ordinal)
-        self._state.restore(published.schema, published.content)
+        if published.facts["has_validation_loaders"] and self.trainer.val_dataloaders is None:
+            self.trainer.fit_loop.epoch_loop.val_loop.setup_data_alone()  # type: ignore[attr-defined]
+        self._state.restore(published.schema, published.content, published.bulk)
         if published.point.kind is not ResumeKind.COMMIT:
             self.position.seek(fetcher, self.position.consumed)
-            self._state.restore(published.schema, published.content)  # `seek` moved the random states
+            self._state.restore(published.schema, published.content, published.bulk)  # `seek` moved the random states
             return
         # The committed batch is taken from the loader once more, for the hooks that get it. What `advance` does before
         # the batch's update is undone by restoring the state a second time.
@@ -162,7 +164,7 @@ class FitSession:
         assert self._entered is not None
         assert self._restore_hooks is not None
         self._restore_hooks()
-        outputs = self._state.restore(self._entered.schema, self._entered.content)
+        outputs = self._state.restore(self._entered.schema, self._entered.content, self._entered.bulk)
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
         progress.increment_completed()
         self._entered, self.is_entering_after_commit = None, False
@@ -249,6 +251,7 @@ class FitSession:
         facts: dict[str, Any] = {"loggers": capture_loggers(self.trainer)}
         facts["layout"] = None if self._layout is None else self._layout.read()
         facts["first_version"] = self._first_version
+        facts["has_validation_loaders"] = self.trainer.val_dataloaders is not None
         facts["trainer"] = getattr(self.trainer.strategy.launcher, "number", -1)
         known = runtime.version if version is None else version
         while True:

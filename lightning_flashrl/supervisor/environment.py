@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from lightning_flashrl.recovery.slot import Region
 from lightning_flashrl.supervisor.protocol import Launch
 
 _NOT_INHERITED = (
@@ -20,12 +22,22 @@ _NOT_INHERITED = (
     "FLASHRL_LOG_PATH",
 )
 
-DEFAULT_SLOT_MB = 64
+_MOST_OF_MEMORY = 4
+"""A region holds at most one part in so many of the machine's memory: a rank keeps so many buffers."""
 
 
 def slot_region_bytes() -> int:
-    """Return the capacity of each region of a rank's slot, as the user set it."""
-    return int(os.environ.get("FLASHRL_SLOT_MB", DEFAULT_SLOT_MB)) << 20
+    """Return the capacity of each region of a rank's slot: what the user set, or what the machine could hold.
+
+    Memory is used only for what is written. Only a limit on the size of files, which counts these as well, lowers it.
+    """
+    if "FLASHRL_SLOT_MB" in os.environ:
+        return int(os.environ["FLASHRL_SLOT_MB"]) << 20
+    capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MOST_OF_MEMORY
+    largest_file, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if largest_file != resource.RLIM_INFINITY:
+        capacity = min(capacity, largest_file // (len(Region) + 1))
+    return max(capacity >> 20, 1) << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--val-every", type=int, default=None, help="validate every N batches")
+    parser.add_argument("--val-epochs", type=int, default=1, help="validate every N epochs")
     parser.add_argument("--sanity", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=None)
     parser.add_argument("--resume", default=None)
@@ -188,6 +189,9 @@ class Model(L.LightningModule):
             self.register_buffer("recent", torch.zeros(64, 1024))
         self.total_seen = 0.0
         self.automatic_optimization = not args.manual
+        if "byhand" in HAS:  # written in ways that torch does not count, or in another tensor's place
+            self.register_buffer("mean", torch.zeros(100, 100))
+            self.key = nn.Linear(width, 1000).requires_grad_(False)
         if args.manual and "single" not in HAS:
             self.critic = nn.Linear(16, 1)
 
@@ -233,6 +237,10 @@ class Model(L.LightningModule):
         if "large" in HAS:
             self.recent.copy_(self.recent.roll(1, 0))
             self.recent[0] = x.mean()
+        if "byhand" in HAS:
+            self.mean = 0.9 * self.mean + x.mean() + self.key(self.head.weight.detach()).mean()
+            self.key.weight.data.mul_(0.9).add_(self.head.weight.detach().mean())
+            self.key.bias.data = self.key.bias.data * 0.5 + x.mean()
         return {"loss": loss, "logits": logits.detach().repeat(1, 1024 if "large" in HAS else 1)}
 
     def _manual_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -319,12 +327,12 @@ class Model(L.LightningModule):
         if train and args.data == "iterable":
             persistent = bool(args.workers) and "persist" in HAS
             return DataLoader(Stream(size), batch_size=4, num_workers=args.workers, persistent_workers=persistent)
-        dataset = Images(size * int(os.environ.get("WORLD_SIZE", "1")), augment=train)
+        dataset = Images(size * int(os.environ.get("WORLD_SIZE", "1")), augment=train or "valworkers" in HAS)
         if train and args.data == "stateful":
             from torchdata.stateful_dataloader import StatefulDataLoader
 
             return StatefulDataLoader(dataset, batch_size=4, shuffle=True, num_workers=args.workers)
-        workers = args.workers if train else 0
+        workers = args.workers if train or "valworkers" in HAS else 0
         persistent = bool(workers) and "persist" in HAS
         return DataLoader(dataset, batch_size=4, shuffle=train, num_workers=workers, persistent_workers=persistent)
 
@@ -445,7 +453,7 @@ def main() -> None:
         log_every_n_steps=1,
         num_sanity_val_steps=args.sanity,
         val_check_interval=args.val_every,
-        check_val_every_n_epoch=None if args.val_every else 1,
+        check_val_every_n_epoch=None if args.val_every else args.val_epochs,
         limit_train_batches=args.limit_train,
         limit_val_batches=args.limit_val,
         enable_checkpointing=bool(args.checkpoint_every) or "best" in HAS,

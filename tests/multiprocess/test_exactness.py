@@ -53,6 +53,7 @@ exit | 2 | | exit rank=1 step=4 phase=optimizer_step |
 holds the GIL | 2 | | gil rank=1 step=4 phase=forward | --hang-timeout 4
 accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
 averaged weights | 3 | --feature ema --feature best --val-every 4 --die 0:8:validation | |
+buffers and frozen weights by hand | 2 | --feature byhand --width 64 | kill rank=1 step=8 phase=backward |
 two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0:5:between | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
 iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
@@ -92,6 +93,7 @@ hang without the GIL | 3 | | hang rank=1 step=4 phase=backward | --hang-timeout 
 cold start | 2 | | kill rank=1 step=4 phase=backward | --standby 0
 accumulation at the end | 3 | --accumulate 4 --batches 6 | kill rank=1 step=2 phase=batch_end count=1 |
 stochastic weight averaging | 3 | --feature swa --epochs 4 | kill rank=0 step=18 phase=epoch_end |
+large averaged weights | 2 | --width 2400 --feature ema --max-steps 5 | kill rank=1 step=3 phase=backward |
 early stopping | 3 | --feature stops --epochs 6 --die 1:12:validation | |
 plateau | 3 | --feature plateau --epochs 3 --die 0:6:validation_end | |
 best checkpoints | 3 | --feature best --feature earlystop --epochs 3 --die 0:6:checkpoint | |
@@ -101,6 +103,9 @@ gradients are views | 3 | --ddp "{{'gradient_as_bucket_view': True, 'bucket_cap_
 static graph, first steps | 3 | --ddp "{{'static_graph': True, 'bucket_cap_mb': 0.005}}" | kill rank=0 step=1 phase=backward |
 activation checkpointing | 3 | --feature checkpointing --ddp "{SMALL_BUCKETS}" | kill rank=1 step=5 phase=backward |
 persistent workers | 2 | --workers 2 --feature persist | kill rank=0 step=8 phase=forward |
+validation every second epoch | 2 | --val-epochs 2 --epochs 4 --batches 3 | kill rank=1 step=4 phase=forward;kill rank=0 step=8 phase=backward |
+persistent workers in validation | 2 | --workers 2 --feature persist --feature valworkers --val-every 3 --epochs 3 | kill rank=0 step=7 phase=forward;kill rank=1 step=13 phase=backward |
+persistent workers in a validation that is killed | 2 | --workers 2 --feature persist --feature valworkers --sanity 2 --limit-val 2 --die 0:12:validation | |
 iterable with workers | 2 | --data iterable --workers 2 | kill rank=0 step=4 phase=optimizer_step |
 limits | 3 | --limit-train 4 --limit-val 2 | kill rank=1 step=7 phase=backward |
 max steps | 3 | --max-steps 9 | kill rank=0 step=9 phase=fit_end |

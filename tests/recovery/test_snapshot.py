@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from collections import OrderedDict, deque
@@ -15,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_flashrl.recovery.snapshot import (
-    BufferWatch,
+    LARGE_BYTES,
+    TENSORS_LIMIT_BYTES,
     Freezer,
+    Refusal,
     capture_rng,
     restore_rng,
     tensor_bytes,
@@ -236,15 +239,16 @@ def test_excluded_attributes_and_skipped_types_stay_the_receivers() -> None:
 
 
 def test_what_cannot_be_pickled_is_left_out_and_reported_once() -> None:
-    told: list[tuple[Any, str, str]] = []
-    freezer = Freezer(on_refused=lambda *refusal: told.append(refusal))
+    told: list[Refusal] = []
+    freezer = Freezer(on_refused=told.append)
     before, after = Thing(lock=threading.Lock(), call=lambda: None, number=1), Thing(lock="mine")
     freezer.watch(before, "thing")
     freezer.freeze()
     before.more = 2
     frozen = freezer.freeze()
-    assert sorted((name, attribute) for name, attribute, _ in told) == [("thing", "call"), ("thing", "lock")]
-    assert "cannot be pickled" in told[0][2]
+    assert sorted(refusal.attribute for refusal in told) == ["call", "lock"]
+    assert told[0].owner is before
+    assert "cannot be pickled" in told[0].reason
     receiver = Freezer()
     receiver.watch(after, "thing")
     receiver.thaw(*frozen)
@@ -253,7 +257,7 @@ def test_what_cannot_be_pickled_is_left_out_and_reported_once() -> None:
 
 def test_an_attribute_that_can_no_longer_be_pickled_is_left_out_from_then_on() -> None:
     told: list[str] = []
-    freezer, receiver = Freezer(on_refused=lambda _, attribute, __: told.append(attribute)), Freezer()
+    freezer, receiver = Freezer(on_refused=lambda refusal: told.append(refusal.attribute)), Freezer()
     before, after = Thing(value=[1], number=1), Thing()
     freezer.watch(before, "thing")
     freezer.freeze()
@@ -266,7 +270,7 @@ def test_an_attribute_that_can_no_longer_be_pickled_is_left_out_from_then_on() -
 
 def test_an_attribute_over_the_limit_is_left_out_and_reported() -> None:
     told: list[str] = []
-    freezer = Freezer(attribute_limit_bytes=100, on_refused=lambda *refusal: told.append(refusal[2]))
+    freezer = Freezer(attribute_limit_bytes=100, on_refused=lambda refusal: told.append(refusal.reason))
     before, after = Thing(large=list(range(1000)), small=1), Thing()
     freezer.watch(before, "thing")
     receiver = Freezer()
@@ -323,21 +327,111 @@ def _make_nested() -> _Nested:
     return _Nested()
 
 
-# ---------------------------------------------------------------------- changed buffers
-def test_a_buffer_counts_as_changed_from_its_first_write_on() -> None:
-    large = BufferWatch.SMALL_BYTES // 4 + 1
-    buffers = {name: torch.zeros(large) for name in ("written", "never", "statistics")} | {"small": torch.zeros(2)}
-    watch = BufferWatch(buffers, always={"statistics", "unknown"})
-    assert list(watch.changed()) == ["small", "statistics"]
-    buffers["written"][3] = 1
-    assert list(watch.changed()) == ["small", "statistics", "written"]
-    assert list(watch.changed()) == ["small", "statistics", "written"]
-    assert watch.changed()["written"] is buffers["written"]
+# ---------------------------------------------------------------------- large tensors
+def test_large_tensors_and_arrays_stay_outside_the_pickle_and_are_not_copied() -> None:
+    tensor, array = torch.zeros(LARGE_BYTES // 4), np.zeros(LARGE_BYTES)
+    sender, receiver, after = Freezer(), Freezer(), Thing()
+    sender.watch(Thing(tensor=tensor, array=array, again=[tensor], small=torch.ones(3)), "thing")
+    receiver.watch(after, "thing")
+    frozen = sender.freeze()
+    assert len(frozen.content) < 2000
+    assert [buffer.nbytes for buffer in frozen.buffers] == [LARGE_BYTES, 8 * LARGE_BYTES]
+    assert frozen.num_bytes == len(frozen.content) + 9 * LARGE_BYTES
+    tensor[1] = 5  # seen through the buffer: it is the tensor's own memory
+    buffers = [bytearray(buffer) for buffer in frozen.buffers]
+    receiver.thaw(frozen.schema, frozen.content, iter(buffers))
+    assert after.tensor[:2].tolist() == [0, 5]
+    assert after.again[0] is after.tensor
+    assert after.array.shape == (LARGE_BYTES,)
+    assert after.small.tolist() == [1, 1, 1]
+    buffers[0][0:4] = np.float32(7).tobytes()
+    assert after.tensor[0] == 7  # nor is it copied on the way in
+    after.array += 1  # and it can be written
 
 
-def test_a_write_through_a_view_is_seen() -> None:
-    buffer = torch.zeros(2 * BufferWatch.SMALL_BYTES)
-    watch = BufferWatch({"buffer": buffer})
-    assert watch.changed() == {}
-    buffer.view(2, -1)[1].fill_(1)
-    assert list(watch.changed()) == ["buffer"]
+def test_tensors_in_an_attribute_have_a_limit_of_their_own() -> None:
+    told: list[Refusal] = []
+    freezer = Freezer(attribute_limit_bytes=1000, on_refused=told.append)
+    freezer.watch(
+        Thing(
+            fits=torch.empty(TENSORS_LIMIT_BYTES, dtype=torch.uint8),
+            many=[torch.zeros(10) for _ in range(2)],
+            large=torch.empty(TENSORS_LIMIT_BYTES + 1, dtype=torch.uint8),
+        ),
+        "thing",
+    )
+    freezer.freeze()
+    assert [(refusal.attribute, refusal.is_too_large) for refusal in told] == [("large", True)]
+
+
+# ---------------------------------------------------------------------- refused attributes
+def _kept(freezer: Freezer) -> set[str]:
+    frozen = freezer.freeze()
+    return {key for _, keys in pickle.loads(frozen.schema) for key in keys}
+
+
+@pytest.mark.parametrize("refused", [threading.Lock(), "x" * 5000], ids=["lock", "too large"])
+@pytest.mark.parametrize("other", [None, [1]], ids=str)
+def test_a_refused_attribute_is_kept_once_it_is_another_object(refused: Any, other: Any) -> None:
+    told: list[Refusal] = []
+    freezer, thing = Freezer(attribute_limit_bytes=1000, on_refused=told.append), Thing(a=[refused], b=1)
+    freezer.watch(thing, "thing")
+    assert _kept(freezer) == {"b"}
+    assert _kept(freezer) == {"b"}
+    thing.a = other
+    assert _kept(freezer) == {"a", "b"}
+    thing.a = [refused]
+    if isinstance(refused, str):
+        del thing.b  # sizes are looked at when the schema is made
+    assert "a" not in _kept(freezer)
+    assert [refusal.attribute for refusal in told] == ["a"]  # told once
+
+
+def test_an_attribute_that_is_always_another_object_is_looked_at_less_and_less() -> None:
+    looks: list[int] = []
+
+    class Iterator:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __reduce__(self) -> Any:
+            looks.append(self.number)
+            raise TypeError("an iterator")
+
+    objects = [Iterator(number) for number in range(40)]  # all alive: no two have one address
+    freezer, thing = Freezer(), Thing(iterator=None)
+    freezer.watch(thing, "thing")
+    for thing.iterator in objects:
+        freezer.freeze()
+    assert looks == [0, 1, 2, 4, 8, 16, 32]
+
+
+def test_a_refused_attribute_that_vanishes_is_forgotten() -> None:
+    told: list[Refusal] = []
+    freezer, thing = Freezer(on_refused=told.append), Thing(lock=threading.Lock(), number=1)
+    freezer.watch(thing, "thing")
+    freezer.freeze()
+    del thing.lock
+    assert _kept(freezer) == {"number"}
+    assert not freezer._needs_schema()
+    thing.lock = [1]
+    assert _kept(freezer) == {"lock", "number"}
+
+
+@pytest.mark.parametrize(
+    ("value", "has_state"),
+    [
+        (lambda: None, False),
+        (threading.Lock(), False),
+        (pickle, False),
+        ((x for x in "ab"), True),
+        ([len, pickle], True),
+    ],
+    ids=["function", "lock", "module", "generator", "list"],
+)
+def test_what_has_no_state_of_its_own_is_told_apart(value: Any, has_state: bool) -> None:
+    told: list[Refusal] = []
+    freezer = Freezer(on_refused=told.append)
+    freezer.watch(Thing(value=value), "thing")
+    freezer.freeze()
+    assert [(refusal.has_state, refusal.is_too_large) for refusal in told] == [(has_state, False)]

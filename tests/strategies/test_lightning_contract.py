@@ -47,6 +47,7 @@ from lightning_flashrl.strategies.ddp import FlashDDPStrategy
 from lightning_flashrl.strategies.environment import FlashLauncher
 from lightning_flashrl.strategies.epoch_loop import (
     FlashAutomaticOptimization,
+    FlashEvaluationLoop,
     FlashFitLoop,
     FlashTrainingEpochLoop,
     install_loops,
@@ -343,14 +344,16 @@ def test_updates_are_gated_after_clipping_and_before_the_optimizer(plugin: type[
 
 def test_loops_take_the_flash_classes_and_keep_what_they_hold(trainer: Trainer) -> None:
     fit_loop = trainer.fit_loop
-    before = [dict(vars(loop)) for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization)]
+    epoch_loop = fit_loop.epoch_loop
+    loops: list[Any] = [fit_loop, epoch_loop, epoch_loop.automatic_optimization, epoch_loop.val_loop]
+    before = [dict(vars(loop)) for loop in loops]
     session: Any = SimpleNamespace()
     install_loops(session, fit_loop, SimpleNamespace())
-    loops: list[Any] = [fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.automatic_optimization]
     for loop, kept in zip(loops, before, strict=True):
         assert loop.session is session
         assert {name: value for name, value in vars(loop).items() if name != "session"} == kept
-    assert [type(loop) for loop in loops] == [FlashFitLoop, FlashTrainingEpochLoop, FlashAutomaticOptimization]
+    expected = [FlashFitLoop, FlashTrainingEpochLoop, FlashAutomaticOptimization, FlashEvaluationLoop]
+    assert [type(loop) for loop in loops] == expected
 
 
 _LOOP_BASE = {"_restarting", "_loaded_from_state_dict", "_resuming_from_checkpoint"}
