@@ -440,7 +440,7 @@ class RecoveryRuntime:
 
     def _take_part(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         """Survivors: form every group anew; each group on its own, for a newcomer may still have to create some."""
-        others = [group_id for group_id in self.communicator.groups if group_id != DEFAULT_GROUP]
+        others = [group_id for group_id in self.communicator.begin_regrouping(changed) if group_id != DEFAULT_GROUP]
         failures: list[RuntimeError] = []
 
         def rejoin(group_id: str) -> None:
@@ -486,7 +486,7 @@ class RecoveryRuntime:
     def _join_setup(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         """The predecessor died before training: take part in what it missed."""
         communicator = self.communicator
-        for group_id in list(communicator.groups):
+        for group_id in communicator.begin_regrouping(changed):
             with _stage(timings, "rendezvous"):
                 native = communicator.reconnect(group_id, changed)
             group = communicator.groups[group_id]
@@ -556,7 +556,7 @@ class RecoveryRuntime:
         communicator.end_replay()
         communicator.enter(point.seqs)
         changed = entry.changed
-        others = [group_id for group_id in communicator.groups if group_id != DEFAULT_GROUP]
+        others = [group_id for group_id in communicator.begin_regrouping(changed) if group_id != DEFAULT_GROUP]
         try:
             natives = {
                 DEFAULT_GROUP: entry.native,

@@ -122,7 +122,7 @@ def draw(seed: int) -> Draw:
             spared = rng.randrange(ranks)
         size = min(num_faults, rng.choice((1, 1, 2, 2, 3)))
         step = steps[len(steps) - num_faults]
-        first_s = rng.uniform(0.0, 4.0) if step < 0 else rng.choice((0.0, rng.uniform(0.0, 0.1)))
+        first_s = rng.uniform(0.0, 2.5) if step < 0 else rng.choice((0.0, rng.uniform(0.0, 0.1)))
         strikes = [Strike(_other(rng, ranks, spared), _draw_signal(rng), first_s)]
         for _ in range(size - 1):
             delay_s = rng.choice((0.0, 0.001 * 1000 ** rng.random(), 0.001 * 1000 ** rng.random(), rng.uniform(0, 1.5)))
