@@ -1,8 +1,8 @@
 """Random faults for the soak: drawn from a seed, struck from outside at moments that no phase names.
 
-Flow of a run: ``draw(seed)`` says which job and which faults; :class:`Assailant` looks into the slots of the running job
-and strikes; what is left at the end is compared by the test. The same seed gives the same draw; at which instruction a
-strike from outside hits is the machine's choice.
+Flow of a run: ``draw(seed)`` says which job and which faults; :class:`Assailant` looks into the slots of the running
+job and strikes; what is left at the end is compared by the test. The same seed gives the same draw; at which
+instruction a strike from outside hits is the machine's choice.
 
 A run never loses every copy of the state, which ends a job by design: faults come in bouts, each bout spares one rank,
 and the next begins only when everybody is back. Faults at phases come at moments that nobody here controls, so a run
@@ -239,7 +239,9 @@ class Assailant:
         if is_training and any(state not in (RankState.TRAINING, RankState.FINISHED) for state in states):
             where += " beside a recovery"
         self._gone[strike.rank] = now.incarnation
-        self.struck.append(f"{strike.how} rank {strike.rank} incarnation {now.incarnation} step {now.global_step} at {where}")
+        self.struck.append(
+            f"{strike.how} rank {strike.rank} incarnation {now.incarnation} step {now.global_step} at {where}"
+        )
         return True
 
     def _map_slots(self) -> bool:

@@ -110,5 +110,7 @@ def test_random_faults_change_nothing() -> None:
     print(text)
     if report := os.environ.get("FLASHRL_SOAK_REPORT"):
         Path(report).write_text(text)
-    assert not figures.failures, f"seeds {sorted(figures.failures)} failed; each is run again by FLASHRL_SOAK_SEED=<seed>"
+    assert not figures.failures, (
+        f"seeds {sorted(figures.failures)} failed; each is run again by FLASHRL_SOAK_SEED=<seed>"
+    )
     assert figures.how, "no rank was ever lost: nothing was tested"
