@@ -82,6 +82,8 @@ class Region(enum.IntEnum):
     """Results of the collectives of set-up, appended."""
     FILES = 8
     """Files created since the last commit, appended."""
+    STRUCK = 9
+    """Faults on purpose that have struck, appended before they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +187,12 @@ class RankSlot:
         self._words[Word.THREAD_BEAT_NS] = clock.now_ns()
 
     def reset(self) -> None:
-        """Forget everything: the job starts again from its beginning."""
+        """Forget everything but faults on purpose: the job starts again from its beginning, and is not struck again."""
         for word in Word:
             self._words[word] = 0
         for region in Region:
-            self.clear(region)
+            if region is not Region.STRUCK:
+                self.clear(region)
 
     # ------------------------------------------------------------------ regions
     def _start(self, region: Region) -> int:

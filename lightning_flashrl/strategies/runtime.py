@@ -105,7 +105,10 @@ class RecoveryRuntime:
         """Fits that this program has ended."""
         self.section: dict[str, int] = {}
         """Collectives issued before the set-up of the current fit began."""
-        self.global_step = 0
+        self.count_updates: Callable[[], int] = lambda: 0
+        """Set by the session: optimizer updates committed so far, as the Trainer counts them."""
+        self.is_in_backward = False
+        """Set by the strategy: what is reduced now are gradients."""
         self.is_training = False
         self.stop_version: int | None = None
         """All ranks agreed to stop after this many updates, because one of them got SIGTERM."""
@@ -134,7 +137,7 @@ class RecoveryRuntime:
         self._is_held = False
         self._is_single_host = len(client.local_slots) == client.world_size
         self._records_lock = threading.Lock()
-        self._trigger = FaultTrigger([], client.global_rank, client.incarnation)
+        self._trigger = FaultTrigger([], client.global_rank)
         self.arm([Fault.parse(line) for line in json.loads(os.environ.get("FLASHRL_CHAOS", "[]"))])
 
     # ------------------------------------------------------------------ life
@@ -176,7 +179,7 @@ class RecoveryRuntime:
 
     def _note_seq(self, seq: int) -> None:
         self.slot[Word.SEQ_ISSUED] = seq
-        if self.slot[Word.PHASE] == Phase.BACKWARD:
+        if self.is_in_backward:
             self.enter_phase(Phase.ALL_REDUCE)
             self.slot[Word.PHASE] = Phase.BACKWARD
 
@@ -189,15 +192,18 @@ class RecoveryRuntime:
     def arm(self, faults: list[Fault]) -> None:
         """Let faults strike on purpose."""
         if faults:
-            self._trigger = FaultTrigger(faults, self.client.global_rank, self.client.incarnation)
+            struck = [Fault.parse(line.decode()) for line in self.slot.records(Region.STRUCK)]
+            self._trigger = FaultTrigger(faults, self.client.global_rank, struck)
 
     def enter_phase(self, phase: Phase) -> None:
         """The program begins ``phase`` of its current step."""
         self.slot.beat_loop()
         self.slot[Word.PHASE] = phase
-        self.slot[Word.GLOBAL_STEP] = self.global_step
-        fault = self._trigger.at(StepTag(self.global_step, phase))
+        global_step = self.count_updates()
+        self.slot[Word.GLOBAL_STEP] = global_step
+        fault = self._trigger.at(StepTag(global_step, phase))
         if fault is not None:
+            self.slot.append(Region.STRUCK, str(fault).encode())
             fault.how.strike()
 
     # ------------------------------------------------------------------ journal of the set-up
