@@ -23,9 +23,10 @@ check: $(VENV) ## static checks
 test: check ## checks and tests
 	$(PYTEST) -m "not slow and not soak"
 
-test-all: check ## also the slow matrices, and a wheel in a clean environment
+test-all: check ## also the slow matrices, a wheel in a clean environment, and the lowest versions
 	$(PYTEST) -m "not soak"
 	bash tests/wheel_check.sh
+	bash tests/lowest_check.sh
 
 soak: $(VENV) ## random kills for many minutes
 	$(PYTEST) -m soak --timeout=0 -s
@@ -34,7 +35,7 @@ bench: $(VENV) ## benchmarks beside their peers
 	$(RUN) benchmarks/run.py
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-lowest build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # torch comes first and alone, so that nothing else decides which build of it is taken.
 $(VENV): pyproject.toml constraints.txt

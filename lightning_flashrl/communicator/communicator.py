@@ -94,7 +94,7 @@ class Communicator:
             connect = connect and not self._awaits_plan
         if connect:
             try:
-                native = self._connect(group, quorum_id, changed)
+                native = self._connect(group_id, rank, len(ranks), quorum_id, changed)
             except RuntimeError:
                 if not changed.is_set():
                     raise
@@ -104,18 +104,16 @@ class Communicator:
                         group.native = native
         return group
 
-    def _connect(self, group: HoldingProcessGroup, quorum_id: int, changed: threading.Event) -> Backend:
+    def _connect(self, group_id: str, rank: int, size: int, quorum_id: int, changed: threading.Event) -> Backend:
         def fetch(key: str, timeout_s: float) -> bytes:
             try:
                 return self._fetch(key, timeout_s, changed)
             except RankLostError as error:
                 raise RuntimeError(str(error)) from error
 
-        store = KeyValueStore(f"q{quorum_id}/{group.group_id}/", self._put, fetch, self._rendezvous_timeout_s)
+        store = KeyValueStore(f"q{quorum_id}/{group_id}/", self._put, fetch, self._rendezvous_timeout_s)
         return run_abandonable(
-            lambda: self.transport.connect(store, group.getRank(), group.getSize(), self._timeout_s, group.group_id),
-            changed,
-            group.group_id,
+            lambda: self.transport.connect(store, rank, size, self._timeout_s, group_id), changed, group_id
         )
 
     # ------------------------------------------------------------------ waiting and failures
@@ -231,7 +229,12 @@ class Communicator:
 
     def reconnect(self, group_id: str, changed: threading.Event) -> Backend:
         """Form the native group of the current quorum."""
-        return self._connect(self.groups[group_id], self.quorum_id, changed)
+        group = self.groups[group_id]
+        return self._connect(group_id, group.getRank(), group.getSize(), self.quorum_id, changed)
+
+    def join(self, world_size: int, changed: threading.Event) -> Backend:
+        """Form the native default group of the current quorum as a newcomer, whose program may not have made it yet."""
+        return self._connect(DEFAULT_GROUP, self.global_rank, world_size, self.quorum_id, changed)
 
     def redo(self, group_id: str, native: Backend, redo_from: int, changed: threading.Event) -> int:
         """Issue again what newcomers missed, let the group go on, and wait until the redone calls have ended.

@@ -64,6 +64,8 @@ class Word(enum.IntEnum):
     AWARE = 16
     """Non-zero once a flash strategy runs in the process; before, the agent treats it as a plain script."""
     LARGEST_GAP_NS = 17
+    WATCHED_THREAD = 18
+    """A thread whose end tells that the process is about to end; 0 where that must not be told early."""
 
 
 class Region(enum.IntEnum):

@@ -157,20 +157,20 @@ def _pass(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
 
 
 def _arrive(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
-    """Let gradients, all zero, arrive in ``order``; the last arrival of each counts."""
-    parameters = _parameters(ddp)
-    last = {index: place for place, index in enumerate(order)}
-    for place, index in enumerate(order):
-        if last[index] != place:
-            ddp.reducer._autograd_hook(index)  # type: ignore[attr-defined]
+    """Let gradients, all zero, arrive in ``order``.
+
+    Only the last arrival goes through autograd, which the reducer wants to be told of the end by; a parameter without
+    gradient counts as zero, so the others cost no arithmetic.
+    """
+    for index in order[:-1]:
+        ddp.reducer._autograd_hook(index)  # type: ignore[attr-defined]
+    parameter = _parameters(ddp)[order[-1]]
     with torch.enable_grad():
-        # Autograd runs what was created last first, so the last of these is the first gradient to arrive.
-        terms = [_ZeroGradient.apply(parameters[index]) for index in sorted(last, key=lambda index: -last[index])]  # type: ignore[no-untyped-call]
-        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+        _ZeroGradient.apply(parameter).backward()  # type: ignore[no-untyped-call]
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """A scalar whose gradient is zero, at no cost in arithmetic: the values of the parameter are not read."""
+    """A scalar whose gradient is zero; the values of the parameter are not read."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor) -> torch.Tensor:

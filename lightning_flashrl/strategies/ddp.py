@@ -24,6 +24,7 @@ from lightning_flashrl.strategies.epoch_loop import install_loops
 from lightning_flashrl.strategies.logger_state import keep_versions
 from lightning_flashrl.strategies.runtime import RecoveryRuntime
 from lightning_flashrl.strategies.session import FitSession
+from lightning_flashrl.supervisor import runner
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.types import Phase
 
@@ -182,15 +183,38 @@ class FlashDDPStrategy(DDPStrategy):
 
 
 _runtime: RecoveryRuntime | None = None
+_is_started = False
 
 
 def _runtime_of_process(backend: str, device: torch.device, timeout: timedelta | None) -> RecoveryRuntime:
     """The process's one runtime; a second ``fit``, ``validate`` or ``test`` uses it again."""
     global _runtime
+    global _is_started
     if _runtime is None:
         client = RankClient.from_environ()
         assert client is not None
         seconds = (timeout or _COLLECTIVE_TIMEOUT).total_seconds()
         _runtime = RecoveryRuntime(client, make_transport(backend, device), device, seconds)
+    if not _is_started:
+        _is_started = True
         _runtime.start()
     return _runtime
+
+
+def _arrive_early() -> None:
+    """In a newcomer, before its program runs: begin with what its predecessor's resume points already tell."""
+    global _runtime
+    client = RankClient.from_environ()
+    if client is None or not client.is_newcomer or _runtime is not None:
+        return
+    published = RecoveryRuntime.read_published(client.slot)
+    if not published:
+        return
+    backend, device_type, timeout_s = published[0].facts["transport"]
+    if device_type == "cpu":  # the program chooses a device, and settings of its library, first
+        device = torch.device("cpu")
+        _runtime = RecoveryRuntime(client, make_transport(backend, device), device, timeout_s)
+        _runtime.arrive()
+
+
+runner.before_program.append(_arrive_early)

@@ -44,6 +44,8 @@ from lightning_flashrl.errors import NoDonorError
 from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
 from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
+from lightning_flashrl.strategies import transfer
+from lightning_flashrl.strategies.transfer import Arrival
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
 from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint, StepTag
@@ -80,6 +82,8 @@ class Entry:
     donor: int
     native: Backend
     changed: threading.Event
+    arrival: Arrival | None
+    """The donor's state, if it is on its way already."""
 
 
 class RecoveryRuntime:
@@ -127,6 +131,10 @@ class RecoveryRuntime:
         )
         self._published = self.read_published(self.slot)
         self.is_newcomer = client.is_newcomer
+        self._has_arrived = False
+        self._entry_lock = threading.Lock()
+        self._timeout_s = timeout_s
+        self._began_ns = clock.now_ns()
         self._entry: Entry | None = None
         self._entry_ready = threading.Event()
         self._quorums: queue.SimpleQueue[QuorumChange] = queue.SimpleQueue()
@@ -141,6 +149,23 @@ class RecoveryRuntime:
         self.arm([Fault.parse(line) for line in json.loads(os.environ.get("FLASHRL_CHAOS", "[]"))])
 
     # ------------------------------------------------------------------ life
+    def arrive(self) -> None:
+        """Begin to take part in quorums.
+
+        A newcomer does so before it runs the program: the plan is made, groups are formed and state arrives meanwhile.
+        """
+        self._has_arrived = True
+        self._start_client()
+        threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
+
+    def _start_client(self) -> None:
+        self.client.start(
+            on_quorum_change=self._on_quorum_change,
+            on_plan=self._on_plan,
+            on_event=self._on_event,
+            is_host_only=self.device.type == "cpu",
+        )
+
     def start(self) -> HoldingProcessGroup:
         """Connect to the supervisor and install the default process group."""
         slot, client = self.slot, self.client
@@ -149,11 +174,14 @@ class RecoveryRuntime:
             journal = self._read_journal()
             self.communicator.start_replay(journal, is_complete=bool(self._published))
         self.communicator.start_recording(self._record_result)
-        client.start(on_quorum_change=self._on_quorum_change, on_plan=self._on_plan, on_event=self._on_event)
+        if not self._has_arrived:
+            self._start_client()
         group = make_default(self.communicator, client.global_rank, client.world_size, connect=not self.is_newcomer)
         if self.is_newcomer:
             self.communicator.enter(self.facts.get("section", {}))
-        threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
+        if not self._has_arrived:
+            self._has_arrived = True
+            threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
         atexit.register(self._leave_together)
         return group
 
@@ -267,7 +295,8 @@ class RecoveryRuntime:
             self._mid_parity = 1 - getattr(self, "_mid_parity", 0)
             region = buffers[self._mid_parity]
         point = ResumePoint(kind, batch, version, self.communicator.next_seqs(), int(region))
-        facts = {**facts, "fit": self.num_fits, "section": self.section}
+        transport = (self.communicator.transport.backend, self.device.type, self._timeout_s)
+        facts = {**facts, "fit": self.num_fits, "section": self.section, "transport": transport}
         header = pickle.dumps((self.ordinal, point, facts), protocol=5)
         schema, content = state
         sizes = len(header).to_bytes(4, "little") + len(schema).to_bytes(4, "little")
@@ -426,7 +455,9 @@ class RecoveryRuntime:
 
     def _make_report(self, quorum_id: int, changed: threading.Event) -> RankReport | None:
         rank, communicator = self.client.global_rank, self.communicator
-        if self.is_newcomer:
+        with self._entry_lock:
+            is_newcomer = self.is_newcomer
+        if is_newcomer:
             points = tuple(published.point for published in self._published)
             journaled = {} if points else self._journaled()
             return RankReport(rank, quorum_id, True, journaled=journaled, resume_points=points)
@@ -485,9 +516,14 @@ class RecoveryRuntime:
             if self.replicated is None:
                 raise NoDonorError((newcomer,))
             parameters, tree = self.replicated()
-            from lightning_flashrl.strategies.transfer import send_state
+            transfer.send_state(
+                native, newcomer, self.version, parameters, tree, self.device, reader_pid=self._reader_pid(newcomer)
+            )
 
-            send_state(native, newcomer, self.version, parameters, tree, self.device)
+    def _reader_pid(self, newcomer: int) -> int:
+        """The newcomer's process, if it can read tensors out of this process's memory."""
+        slot = self.client.local_slots.get(newcomer)
+        return 0 if slot is None or self.device.type != "cpu" else slot[Word.PID]
 
     def _join_setup(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         """The predecessor died before training: take part in what it missed."""
@@ -506,10 +542,15 @@ class RecoveryRuntime:
     def _prepare_entry(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         point = plan.entries[self.client.global_rank]
         published = next(p for p in self._published if p.point == point)
+        donor = plan.donors[self.client.global_rank]
         with _stage(timings, "rendezvous"):
-            native = self.communicator.reconnect(DEFAULT_GROUP, changed)
+            native = self.communicator.join(self.client.world_size, changed)
+        arrival = None
+        if self.device.type == "cpu":  # what goes to a device is the business of the thread that chose it
+            with _stage(timings, "transfer"):
+                arrival = Arrival(native, donor, self.device)
         self._entry_timings = timings
-        self._entry = Entry(published, plan.donors[self.client.global_rank], native, changed)
+        self._entry = Entry(published, donor, native, changed, arrival)
         self._entry_ready.set()
 
     # ------------------------------------------------------------------ newcomer: entry into training
@@ -518,13 +559,14 @@ class RecoveryRuntime:
         """Whether this process has still to jump to a resume point."""
         return self.is_newcomer and bool(self._published)
 
-    def enter(self, receive: Callable[[Backend, int], int]) -> Published:
+    def enter(self, receive: Callable[[Arrival], None]) -> Published:
         """Wait for the plan, let ``receive`` take the donor's state, and go live. Called by the program's thread.
 
         Args:
-            receive: given the native group and the donor's rank, returns the version of the state received.
+            receive: puts the state into the model and the optimizers.
         """
         self.slot[Word.STATE] = RankState.RESTORING
+        setup_ms = (clock.now_ns() - self._began_ns) / 1e6
         while True:
             with self.communicator.waiting():
                 self._entry_ready.wait()
@@ -533,15 +575,16 @@ class RecoveryRuntime:
             assert entry is not None
             if entry.changed.is_set():
                 continue
-            timings = self._entry_timings
+            timings = self._entry_timings | {"setup": setup_ms}
             try:
                 with _stage(timings, "transfer"):
-                    version = receive(entry.native, entry.donor)
+                    arrival = entry.arrival or Arrival(entry.native, entry.donor, self.device)
+                    receive(arrival)
             except RuntimeError as error:
                 if entry.changed.is_set() or self._changes_soon(entry.changed, error):
                     continue
                 raise
-            if self._go_live(entry, version):
+            if self._go_live(entry, arrival.version):
                 self.client.send_restored(self.communicator.quorum_id, timings)
                 return entry.published
 
@@ -572,7 +615,10 @@ class RecoveryRuntime:
             if changed.is_set() or changed.wait(communicator.grace_s):
                 return False
             raise
-        self.is_newcomer = False
+        with self._entry_lock:  # from here on this rank reports as a survivor, unless it is to report already
+            if changed.is_set():
+                return False
+            self.is_newcomer = False
         for group_id, native in natives.items():
             group = communicator.groups[group_id]
             with group.lock:

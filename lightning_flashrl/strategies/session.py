@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
-from torch._C._distributed_c10d import Backend
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flashrl.errors import SnapshotTooLargeError
@@ -20,7 +19,7 @@ from lightning_flashrl.strategies.local_state import LocalState
 from lightning_flashrl.strategies.logger_state import capture_loggers, restore_loggers
 from lightning_flashrl.strategies.position import DataPosition
 from lightning_flashrl.strategies.runtime import Published, RecoveryRuntime
-from lightning_flashrl.strategies.transfer import copy_tree, load_optimizer_tree, optimizer_tree, receive_state
+from lightning_flashrl.strategies.transfer import Arrival, copy_tree, load_optimizer_tree, optimizer_tree
 from lightning_flashrl.types import Phase, ResumeKind
 
 
@@ -91,15 +90,13 @@ class FitSession:
             state = self._batch_copy
         return state.parameters, state.tree
 
-    def _receive(self, native: Backend, donor: int) -> int:
+    def _receive(self, arrival: Arrival) -> None:
         trainer = self.trainer
-        parameters = list(trainer.lightning_module.parameters())
-        version, tree = receive_state(native, donor, parameters, self.runtime.device)
+        tree = arrival.finish(list(trainer.lightning_module.parameters()))
         load_optimizer_tree(trainer.optimizers, tree["optimizers"])
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and tree["scaler"]:
             scaler.load_state_dict(tree["scaler"])
-        return version
 
     # ------------------------------------------------------------------ the epoch loop's questions
     def begin_epoch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> ResumeKind | None:

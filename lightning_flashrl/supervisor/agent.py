@@ -6,6 +6,7 @@ All in one thread. What it waits for:
 ready                     means
 ========================= ============================================================
 a rank's pidfd            the rank ended: drain its channel, judge, tell the controller
+a rank's watched thread   the same, as a rule, before the kernel has taken the process's memory apart
 a rank's channel          a message (or a standby process that says its number)
 the controller's socket   quorums, plans, launch, stop
 a timer, every 100 ms     look at heartbeats, collect adopted children, show logs
@@ -38,6 +39,7 @@ from lightning_flashrl.supervisor.process import (
     Process,
     become_subreaper,
     children,
+    open_thread,
     reap_strangers,
 )
 from lightning_flashrl.supervisor.seat import AgentSettings, Seat, Starter
@@ -48,6 +50,8 @@ _BEAT_S = 1.0
 _MAX_UNANSWERED = 15
 """Beats, not seconds: an agent that was stopped itself does not blame the controller."""
 _KILL_WAIT_S = 5.0
+_LOOK_S, _NUM_LOOKS = 0.001, 50
+"""A process whose watched thread has ended is looked at this often; later its own descriptor tells."""
 
 
 class Agent:
@@ -103,6 +107,9 @@ class Agent:
         self._is_stopping = False
         self._kill_timer: Timer | None = None
         self._num_unanswered = 0
+        self._threads: set[int] = set()
+        self._ending: set[Process] = set()
+        """Processes that will execute nothing any more, but are not gone."""
         self._children_before = set(children())
         become_subreaper()
         self._socket = context.socket(zmq.DEALER)
@@ -302,6 +309,7 @@ class Agent:
             self._send(protocol.RankAware(seat.global_rank, seat.incarnation, spawn_ms))
             if self._quorum is not None:
                 self._forward(seat, protocol.encode(self._quorum))
+            self._watch_thread(seat)
 
     # ------------------------------------------------------------------ recoveries
     def _on_quorum_change(self, change: protocol.QuorumChange, payload: bytes) -> None:
@@ -347,6 +355,44 @@ class Agent:
         self._send(protocol.NodeRestored(quorum.quorum_id, tuple(self._restored), slowest))
 
     # ------------------------------------------------------------------ the end of a rank
+    def _watch_thread(self, seat: Seat) -> None:
+        """A thread's end announces the end of its process, before the kernel has taken the memory apart."""
+        process, thread = seat.process, seat.slot[Word.WATCHED_THREAD]
+        fd = open_thread(thread) if thread else None
+        if process is None or fd is None:
+            return
+
+        def on_end() -> None:
+            self._loop.remove(fd)
+            os.close(fd)
+            self._threads.discard(fd)
+            self._on_thread_end(seat, process)
+
+        self._threads.add(fd)
+        self._loop.add_reader(fd, on_end)
+
+    def _on_thread_end(self, seat: Seat, process: Process, num_looks: int = _NUM_LOOKS) -> None:
+        if seat.process is not process or self._is_killing or self._is_stopping:
+            return
+        woken_ns = clock.now_ns()
+        status = process.ending()
+        if status is None and num_looks:
+            self._loop.call_later(_LOOK_S, lambda: self._on_thread_end(seat, process, num_looks - 1))
+        if status is not None:
+            if seat.channel is not None:
+                self._on_channel(seat, seat.channel)
+            self._ending.add(process)
+            self._loop.add_reader(process.pidfd, lambda: self._bury(process))
+            self._on_end(seat, status, woken_ns)
+
+    def _bury(self, process: Process) -> None:
+        pidfd = process.pidfd
+        if process.poll(kill_group=True) is not None:
+            self._loop.remove(pidfd)
+            self._ending.discard(process)
+            if self._is_killing or self._is_stopping:
+                self._check_idle()
+
     def _on_exit(self, seat: Seat, process: Process) -> None:
         woken_ns = clock.now_ns()
         if seat.channel is not None:
@@ -356,6 +402,9 @@ class Agent:
         if status is None:
             return
         self._loop.remove(pidfd)
+        self._on_end(seat, status, woken_ns)
+
+    def _on_end(self, seat: Seat, status: ExitStatus, woken_ns: int) -> None:
         if seat.channel is not None:
             self._loop.remove(seat.channel.fileno())
         seat.end()
@@ -392,6 +441,7 @@ class Agent:
                 seat.tail.pump()
         if not self._pool.is_expecting and all(r.process is not None for r in self._seats if r.is_running):
             known = {r.process.pid for r in self._seats if r.process is not None} | self._pool.pids
+            known |= {process.pid for process in self._ending}
             reap_strangers(known | self._children_before)
         if not self._is_stopping and not self._is_killing:
             self._look_at_ranks()
@@ -436,7 +486,7 @@ class Agent:
                 seat.process.send_signal(number)
 
     def _check_idle(self) -> None:
-        if any(seat.is_running for seat in self._seats):
+        if self._ending or any(seat.is_running for seat in self._seats):
             return
         if self._is_stopping:
             if not self.is_done:
@@ -452,6 +502,9 @@ class Agent:
         """End every process that is left below this one, and close everything."""
         self._devices.close()
         self._pool.close()
+        for fd in self._threads:
+            self._loop.remove(fd)
+            os.close(fd)
         self._loop.remove(self._socket)
         self._socket.close()
         deadline_s = clock.now_s() + _KILL_WAIT_S

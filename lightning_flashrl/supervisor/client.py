@@ -97,8 +97,16 @@ class RankClient:
         on_quorum_change: Callable[[QuorumChange], None],
         on_plan: Callable[[RecoveryPlan], None],
         on_event: Callable[[RecoveryRecord], None],
+        is_host_only: bool = False,
     ) -> None:
         """Tell the agent that a flash strategy runs here, and begin to receive and to beat.
+
+        Args:
+            on_quorum_change: told of each quorum.
+            on_plan: told of the plan of the newest quorum.
+            on_event: told of each recovery that ended.
+            is_host_only: the process holds no device that a replacement would need, so that it may be replaced while
+                the kernel still takes its memory apart.
 
         Callbacks run on the receiver thread, one after the other. A rank that starts while a quorum is being formed
         gets ``on_quorum_change`` right away.
@@ -117,6 +125,8 @@ class RankClient:
             ]
             for thread in self._threads:
                 thread.start()
+            if is_host_only:
+                self.slot[Word.WATCHED_THREAD] = self._threads[1].native_id or 0
         self._send(protocol.Hello(self.incarnation))
 
     def close(self) -> None:

@@ -26,6 +26,9 @@ _OWN_FILES = (
     "<frozen importlib._bootstrap_external>",
 )
 
+before_program: list[Callable[[], None]] = []
+"""Called in a rank before its program runs, by modules that a standby process has imported ahead of need."""
+
 
 def redirect_output(log_path: str | None) -> None:
     """Send stdout and stderr to the end of a file, and write whole lines at once."""
@@ -61,6 +64,8 @@ def run_reported(program: Callable[[], None]) -> None:
     let_workers_die_with_rank()
     let_workers_leave_no_files()
     try:
+        for prepare in before_program:
+            prepare()
         program()
     except SystemExit as error:
         _report_exit(error)

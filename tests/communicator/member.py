@@ -152,7 +152,12 @@ def _spoil(collective: Collective) -> None:
 def _check_again(name: str, make: Callable[[], Collective], group: Any, rank: int) -> None:
     collective = make()
     collective.save(BufferPool())
-    collective.issue(group).wait()
+    try:
+        collective.issue(group).wait()
+    except RuntimeError as error:
+        if "does not support" in str(error):  # gloo of torch 2.11 lacks some
+            return
+        raise
     expected = _bits(collective)
     for redoing in (0, 1, None):
         _spoil(collective)

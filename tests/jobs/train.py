@@ -41,11 +41,7 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 import lightning_flashrl  # noqa: E402, F401
-from lightning_flashrl.communicator.communicator import Communicator  # noqa: E402
 from lightning_flashrl.recovery.faults import How  # noqa: E402
-from lightning_flashrl.recovery.slot import Word  # noqa: E402
-from lightning_flashrl.strategies import session, transfer  # noqa: E402
-from lightning_flashrl.supervisor.client import RankClient  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -77,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--die", action="append", default=[], help="rank:step:hook[:how[:incarnation]], in the job's own hooks"
     )
+    parser.add_argument("--send", action="store_true", help="a donor's memory cannot be read (early/sitecustomize.py)")
     return parser.parse_args()
 
 
@@ -107,34 +104,6 @@ def run_out_of_memory() -> None:
         hoard.append(bytes(1 << 20))
         if len(hoard) == 256:
             hoard.clear()
-
-
-def die_in_recoveries() -> None:
-    """Put hooks into this process's part in recoveries; their step is the quorum that is being formed."""
-    client = RankClient.from_environ()
-    if client is None or not args.die:
-        return
-
-    def before(owner: Any, name: str, hook: str, passage: int = 1) -> None:
-        original, passages = getattr(owner, name), dict[int, int]()
-
-        def dying(*arguments: Any, **keywords: Any) -> Any:
-            quorum = client.slot[Word.QUORUM_ID]
-            passages[quorum] = passages.get(quorum, 0) + 1
-            if passages[quorum] == passage:
-                die(hook, quorum)
-            return original(*arguments, **keywords)
-
-        setattr(owner, name, dying)
-
-    before(RankClient, "send_report", "report")
-    before(RankClient, "send_restored", "restored")
-    before(Communicator, "reconnect", "rendezvous")
-    before(Communicator, "redo", "redo")
-    before(Communicator, "enter", "enter")
-    before(transfer, "send_state", "give")
-    before(session, "receive_state", "take")
-    before(transfer, "_transmit", "giving", passage=6)
 
 
 class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -422,7 +391,6 @@ def _callback_states(trainer: L.Trainer) -> dict[str, Any]:
 def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    die_in_recoveries()
     L.seed_everything(7, verbose=False)
     callbacks: list[Any] = []
     logger: Any = False

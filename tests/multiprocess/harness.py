@@ -43,7 +43,14 @@ def environment() -> dict[str, str]:
     kept = {
         key: value for key, value in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_|FLASHRL_|MASTER_", key)
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "WANDB_MODE": "offline"}
+    path = os.pathsep.join(filter(None, [str(JOB.parent / "early"), kept.get("PYTHONPATH")]))
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "WANDB_MODE": "offline",
+    }
 
 
 def _execute(command: list[str], out: Path, timeout_s: float) -> tuple[int, str]:

@@ -49,6 +49,7 @@ five times | 2 | | {";".join(f"kill rank=1 step={s} phase={p}" for s, p in [(2, 
 newcomer enters | 3 | --die 1:4:backward --die 1:1:enter:kill:1 | |
 newcomer receives | 3 | --die 1:4:backward --die 1:1:take:kill:1 | |
 donor gives | 3 | --die 1:4:backward --die 0:1:giving | |
+state is sent | 3 | --send --die 1:4:backward --die 1:1:take:kill:1 | |
 survivor in rendezvous | 3 | --die 1:4:backward --die 2:1:rendezvous | |
 stopped | 3 | | stop rank=1 step=4 phase=backward |
 segfault | 2 | | segfault rank=1 step=4 phase=forward |
@@ -83,6 +84,7 @@ two ranks | 2 | | kill rank=1 step=7 phase=backward |
 four ranks | 4 | | kill rank=2 step=7 phase=backward |
 eight ranks | 8 | | kill rank=5 step=7 phase=backward |
 donor before giving | 3 | --die 1:4:backward --die 0:1:give | |
+newcomer hears of the state | 3 | --die 1:4:backward --die 1:1:arrival:kill:1 | |
 survivor reports | 3 | --die 1:4:backward --die 2:1:report | |
 newcomer reports | 3 | --die 1:4:backward --die 1:1:report:kill:1 | |
 newcomer in rendezvous | 3 | --die 1:4:backward --die 1:1:rendezvous:kill:1 | |

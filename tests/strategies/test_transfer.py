@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import math
+import os
+import subprocess
+import sys
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -11,12 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_flashrl.communicator.base import Transport
 from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.strategies import memory
 from lightning_flashrl.strategies.transfer import (
+    Arrival,
     copy_tree,
     load_optimizer_tree,
     optimizer_tree,
-    receive_state,
     send_state,
 )
 
@@ -60,10 +69,89 @@ def _over_the_wire(
 ) -> Any:
     wire: Any = _Wire()
     send_state(wire, 1, version, sent or [], tree, CPU)
-    received_version, received = receive_state(wire, 0, own or [], CPU)
+    arrival = Arrival(wire, 0, CPU)
+    received = arrival.finish(own or [])
     assert wire.is_empty
-    assert received_version == version
+    assert arrival.version == version
     return received
+
+
+class _End:
+    """One end of a wire between two threads."""
+
+    def __init__(self, sends: Queue[bytes], receives: Queue[bytes]) -> None:
+        self._sends, self._receives = sends, receives
+        self.num_sent = 0
+
+    def send(self, tensors: list[torch.Tensor], _: int, tag: int) -> _Done:
+        self._sends.put(tensors[0].reshape(-1).view(torch.uint8).numpy().tobytes())
+        self.num_sent += 1
+        return _Done()
+
+    def recv(self, tensors: list[torch.Tensor], _: int, tag: int) -> _Done:
+        content = self._receives.get(timeout=10)
+        tensors[0].view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        return _Done()
+
+
+def _from_memory(tree: Any, sent: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[Any, int]:
+    """Tree that arrived, and messages that the donor sent."""
+    there, back = Queue[bytes](), Queue[bytes]()
+    donor: Any = _End(there, back)
+    newcomer: Any = _End(back, there)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send_state, donor, 1, 7, sent, tree, CPU, reader_pid=os.getpid())
+        received = Arrival(newcomer, 0, CPU).finish(own)
+        sending.result(timeout=10)
+    return received, donor.num_sent
+
+
+_STATE = {"step": torch.tensor(3.0), "exp_avg": torch.randn(300, 7), "empty": torch.zeros(0)}
+_SENT = [torch.randn(3, 2), torch.randn(4, 4).t(), torch.randn(0, 3), torch.randn(2, 3, 4, 4)]
+
+
+def _own() -> list[torch.Tensor]:
+    own = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in _SENT]
+    own[3] = torch.nn.Parameter(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    return list(own)
+
+
+def test_on_one_host_the_donors_memory_is_read() -> None:
+    own = _own()
+    received, num_sent = _from_memory(_STATE, _SENT, own)
+    assert _is_same(received, _STATE)
+    assert all(torch.equal(mine.detach(), theirs) for mine, theirs in zip(own, _SENT, strict=True))
+    assert num_sent == 2  # length and header
+
+
+def test_where_memory_must_not_be_read_the_state_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    monkeypatch.setattr(memory._libc, "process_vm_readv", refuse)
+    own = _own()
+    received, num_sent = _from_memory(_STATE, _SENT, own)
+    assert _is_same(received, _STATE)
+    assert all(torch.equal(mine.detach(), theirs) for mine, theirs in zip(own, _SENT, strict=True))
+    assert num_sent == 2 + 2 + 3  # those that are not empty
+
+
+def test_a_donor_that_is_gone_counts_as_a_lost_peer() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with pytest.raises(ConnectionError, match="is gone") as caught:
+        memory.read_tensors(ended.pid, [1 << 20], [torch.zeros(4)])
+    assert any(sign in str(caught.value) for sign in Transport.peer_failure_signs)
+
+
+def test_memory_of_another_process_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MAX_SPANS", 2)
+    monkeypatch.setattr(memory, "_MAX_BYTES", 64)
+    sent = [torch.randn(50), torch.zeros(0), torch.randn(7), torch.arange(33)]
+    taken = [torch.empty_like(tensor) for tensor in sent]
+    memory.read_tensors(os.getpid(), [tensor.data_ptr() for tensor in sent], taken)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(taken, sent, strict=True))
 
 
 def _is_same(left: Any, right: Any) -> bool:
@@ -149,14 +237,14 @@ def test_parameters_are_received_where_they_are() -> None:
 def test_the_bytes_sent_are_told() -> None:
     wire: Any = _Wire()
     size = send_state(wire, 1, 1, [torch.zeros(10)], {"exp_avg": torch.zeros(5)}, CPU)
-    assert 60 < size < 60 + 200
+    assert size == 60
     assert wire.num_sent == 4  # length, header, two tensors
 
 
 def test_another_model_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="has 1 parameters, this replacement built 2"):
         _over_the_wire({}, [torch.zeros(2)], [torch.zeros(2), torch.zeros(2)])
-    with pytest.raises(ConfigurationError, match=r"parameter 0 has shape \(2,\) at the donor and \(3,\) here"):
+    with pytest.raises(ConfigurationError, match=r"parameter 0 is float32 \(2,\) at the donor and float32 \(3,\)"):
         _over_the_wire({}, [torch.zeros(2)], [torch.zeros(3)])
 
 
@@ -197,7 +285,7 @@ def test_what_a_donor_keeps_in_host_memory_stays_there() -> None:
     wire: Any = _Wire()
     tree = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, device="cuda")}
     send_state(wire, 1, 7, [], tree, torch.device("cuda", 0))
-    _, received = receive_state(wire, 0, [], torch.device("cuda", 0))
+    received = Arrival(wire, 0, torch.device("cuda", 0)).finish([])
     assert (received["step"].device.type, received["exp_avg"].device.type) == ("cpu", "cuda")
     assert _is_same(received, tree)
 

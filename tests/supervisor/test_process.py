@@ -16,6 +16,7 @@ from lightning_flashrl.supervisor.process import (
     become_subreaper,
     children,
     die_with_parent,
+    open_thread,
     process_state,
     reap_strangers,
     spawn,
@@ -43,6 +44,45 @@ def test_the_end_of_a_process_is_told(code: str, text: str, shell_code: int) -> 
     assert (str(status), status.shell_code) == (text, shell_code)
     assert process.poll() == status
     process.send_signal(signal.SIGKILL)
+
+
+_ENDS_WITH_MEMORY = """
+import os, sys, threading, time
+os.dup2(int(sys.argv[1]), 1)
+thread = threading.Thread(target=time.sleep, args=(100,), daemon=True)
+thread.start()
+hoard = bytearray(b"x" * (1 << 28))
+os.write(1, str(thread.native_id).encode())
+time.sleep(0.2)
+exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("os.kill(os.getpid(), 9)", ExitStatus(9, is_signal=True)),
+        ("os.abort()", ExitStatus(6, is_signal=True)),
+        ("os._exit(3)", ExitStatus(3, is_signal=False)),
+    ],
+)
+def test_the_end_of_a_process_is_told_before_its_memory_is_gone(code: str, status: ExitStatus) -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-c", _ENDS_WITH_MEMORY, str(write), code]
+    process = spawn(command, dict(os.environ), (write,))
+    os.close(write)
+    thread = open_thread(int(os.read(read, 20)))
+    os.close(read)
+    if thread is None:
+        process.end()
+        pytest.skip("this kernel has no descriptors for threads (Linux 6.9)")
+    assert process.ending() is None
+    select.select([thread], [], [], 10)
+    os.close(thread)
+    deadline = time.monotonic() + 5
+    while (early := process.ending()) is None and process_state(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    assert early == wait(process) == status
 
 
 def test_a_stopped_process_is_seen() -> None:
