@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 
 class Phase(enum.IntEnum):
-    """Where in a step a rank is; the order is the order of a step."""
+    """Where in a step a rank is, in the order of a step.
+
+    The update stands between ``OPTIMIZER_STEP`` and ``BATCH_END``: a tag of a later phase counts it.
+    """
 
     SETUP = 0
     SANITY_CHECK = 1

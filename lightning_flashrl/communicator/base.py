@@ -80,6 +80,9 @@ class Transport(ABC):
             RuntimeError: the device cannot be used again; this rank must be replaced.
         """
 
+    def close(self) -> None:  # noqa: B027 - most transports keep none
+        """Let go of the groups made so far: nothing is pending on them, and they are not used again."""
+
     def is_peer_failure(self, error: BaseException) -> bool:
         """Whether ``error`` of a collective may come from a lost peer (and not from wrong arguments)."""
         text = str(error)

@@ -74,6 +74,9 @@ class Communicator:
         self._waiting_lock = threading.Lock()
         self._changed = threading.Event()
         """Set when the current quorum is over; ends every wait that belongs to it."""
+        self._groups_lock = threading.Lock()
+        self._awaits_plan = False
+        """A quorum was announced, and the recovery has not yet said that it connects the groups that exist."""
         self._parked = threading.Condition()
         self._sink: Callable[[str, int, str, list[torch.Tensor] | None], None] | None = None
         self._journal: Mapping[tuple[str, int], tuple[str, list[torch.Tensor] | None]] = {}
@@ -83,11 +86,13 @@ class Communicator:
 
     # ------------------------------------------------------------------ groups
     def create_group(self, group_id: str, rank: int, ranks: list[int], connect: bool = True) -> HoldingProcessGroup:
-        """Make a group and, unless its quorum is still forming, connect it."""
+        """Make a group and connect it, unless a recovery is going to: that waits for the program to need the group."""
         group = HoldingProcessGroup(self, group_id, rank, ranks)
-        self.groups[group_id] = group
-        if connect:
+        with self._groups_lock:
+            self.groups[group_id] = group
             changed, quorum_id = self._changed, self.quorum_id
+            connect = connect and not self._awaits_plan
+        if connect:
             try:
                 native = self._connect(group_id, rank, len(ranks), quorum_id, changed)
             except RuntimeError:
@@ -123,6 +128,7 @@ class Communicator:
                 group.native = None
                 for call in group.calls:
                     call.work = None
+        self.transport.close()
 
     # ------------------------------------------------------------------ waiting and failures
     def begin_wait(self) -> None:
@@ -174,9 +180,11 @@ class Communicator:
     # ------------------------------------------------------------------ break and rebuild
     def begin_quorum(self, quorum_id: int) -> None:
         """The quorum changed: end everything that belongs to the old one. Called by the thread that learns of it."""
-        if quorum_id <= self.quorum_id:
-            return
-        self.quorum_id = quorum_id
+        with self._groups_lock:
+            if quorum_id <= self.quorum_id:
+                return
+            self.quorum_id = quorum_id
+            self._awaits_plan = True
         self._changed.set()
         self.transport.abort()
         for group in list(self.groups.values()):
@@ -221,6 +229,17 @@ class Communicator:
                     continue
                 call.finish()
         return {group_id: group.first_incomplete() for group_id, group in list(self.groups.items())}
+
+    def begin_regrouping(self, changed: threading.Event) -> list[str]:
+        """Groups that the recovery has to connect; the program connects those that it makes from now on itself.
+
+        Args:
+            changed: the event of the quorum that is being formed.
+        """
+        with self._groups_lock:
+            if not changed.is_set():
+                self._awaits_plan = False
+            return list(self.groups)
 
     def reconnect(self, group_id: str, changed: threading.Event) -> Backend:
         """Form the native group of the current quorum."""

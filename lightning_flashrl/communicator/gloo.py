@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from datetime import timedelta
+from typing import cast
 
 from torch._C._distributed_c10d import Backend, ProcessGroupGloo, Store
 
 from lightning_flashrl.communicator.base import Transport
+from lightning_flashrl.communicator.gloo_group import GlooGroup, release
 
 _CONNECT_TIMEOUT = timedelta(seconds=30)
 
@@ -63,6 +66,8 @@ class GlooTransport(Transport):
         ports = {_local_port(fd) for fd, name in _open_sockets().items() if name not in before}
         self._own_ports: set[int] = {port for port in ports if port}
         self._peer_ports: dict[str, set[int]] = {}
+        self._groups: list[GlooGroup] = []
+        self._groups_lock = threading.Lock()
 
     def connect(self, store: Store, rank: int, size: int, timeout_s: float, name: str) -> Backend:
         """Form a native group; see :meth:`Transport.connect`. Members tell each other their ports first."""
@@ -73,11 +78,26 @@ class GlooTransport(Transport):
         store.set(f"port/{rank}", ",".join(map(str, sorted(self._own_ports))))
         told = [store.get(f"port/{other}").decode() for other in range(size)]
         self._peer_ports[name] = {int(port) for peer in told for port in peer.split(",") if port}
-        group = ProcessGroupGloo(store, rank, size, options)
-        group._set_default_timeout(timedelta(seconds=timeout_s))
-        return group
+        native = ProcessGroupGloo(store, rank, size, options)
+        native._set_default_timeout(timedelta(seconds=timeout_s))
+        group = GlooGroup(native)
+        with self._groups_lock:
+            self._groups.append(group)
+        return cast(Backend, group)
 
     def abort(self) -> None:
+        """End every pending operation of every group; see :meth:`Transport.abort`."""
+        with self._groups_lock:
+            groups, self._groups = self._groups, []
+        self._shut_connections()
+        release([native for group in groups if (native := group.give_up()) is not None])
+
+    def close(self) -> None:
+        """Let go of all groups; see :meth:`Transport.close`."""
+        with self._groups_lock:
+            self._groups = []
+
+    def _shut_connections(self) -> None:
         """Shut the connected sockets of all groups, never the listener."""
         peer_ports = set().union(*self._peer_ports.values())
         for fd in _open_sockets():

@@ -9,6 +9,8 @@ import ctypes
 import enum
 import os
 import signal
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_flashrl import clock
@@ -57,12 +59,20 @@ class Fault:
         at: optimizer updates committed before it, and the phase.
         how: what happens.
         count: which passage through that phase within the step, from 1 (e.g. the second validation batch).
+
+    Raises:
+        ConfigurationError: a number is below the one its counting begins with.
     """
 
     rank: int
     at: StepTag
     how: How = How.KILL
     count: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, first in (("rank", self.rank, 0), ("step", self.at.global_step, 0), ("count", self.count, 1)):
+            if value < first:
+                raise ConfigurationError(f"fault '{self}' never strikes: {name} is {value}; count from {first}")
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -102,23 +112,34 @@ class Fault:
 class FaultTrigger:
     """Decides in one process whether a fault strikes now. Pure.
 
-    The k-th fault of a rank strikes only the k-th process of that rank, so a replacement that does the step again is
-    not struck again by the same fault.
+    A fault strikes once, in whichever process of its rank comes to its place first: a replacement that does the step
+    again is spared by what struck its predecessors. A fault whose place is never passed keeps none of the others back.
 
     Args:
-        faults: of all ranks.
+        faults: of all ranks. Two that are equal strike two processes.
         rank: of this process.
-        incarnation: processes that held the rank before this one.
+        struck: faults that struck earlier processes of the rank, as they were written down before they did.
     """
 
-    def __init__(self, faults: list[Fault], rank: int, incarnation: int) -> None:
-        mine = sorted((fault for fault in faults if fault.rank == rank), key=lambda fault: fault.at)
-        self._next = mine[incarnation] if incarnation < len(mine) else None
-        self._passages = 0
+    def __init__(self, faults: Iterable[Fault], rank: int, struck: Iterable[Fault] = ()) -> None:
+        spent = Counter(struck)
+        self._left: list[Fault] = []
+        for fault in faults:
+            if fault.rank != rank:
+                continue
+            if spent[fault] > 0:
+                spent[fault] -= 1
+            else:
+                self._left.append(fault)
+        self._passages: Counter[StepTag] = Counter()
 
     def at(self, tag: StepTag) -> Fault | None:
         """Return the fault that strikes at this passage, if any."""
-        if self._next is None or tag != self._next.at:
+        here = [fault for fault in self._left if fault.at == tag]
+        if not here:
             return None
-        self._passages += 1
-        return self._next if self._passages == self._next.count else None
+        self._passages[tag] += 1
+        fault = next((fault for fault in here if fault.count == self._passages[tag]), None)
+        if fault is not None:
+            self._left.remove(fault)
+        return fault

@@ -92,6 +92,8 @@ class Region(enum.IntEnum):
     BULK_MID_A = 11
     BULK_MID_B = 12
     """Tensors that belong to the content of the buffer of that name."""
+    STRUCK = 13
+    """Faults on purpose that have struck, appended before they do."""
 
     @property
     def bulk(self) -> Region:
@@ -222,12 +224,18 @@ class RankSlot:
         self._words[Word.THREAD_BEAT_NS] = clock.now_ns()
 
     def reset(self) -> None:
-        """Forget everything, and give the memory back: the job starts again from its beginning."""
+        """Forget everything but faults on purpose: the job starts again from its beginning, and is not struck again.
+
+        The memory is given back.
+        """
+        struck = self.records(Region.STRUCK)
         for word in Word:
             self._words[word] = 0
         os.ftruncate(self.fd, _HEADER_BYTES)
         os.ftruncate(self.fd, _HEADER_BYTES + len(Region) * self.region_bytes)
         self._usage.clear()
+        for record in struck:
+            self.append(Region.STRUCK, record)
 
     # ------------------------------------------------------------------ regions
     def _start(self, region: Region) -> int:

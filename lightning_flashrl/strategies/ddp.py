@@ -149,7 +149,12 @@ class FlashDDPStrategy(DDPStrategy):
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Backward pass, in which gradients are reduced."""
         with self._phase(Phase.BACKWARD):
-            return super().backward(*args, **kwargs)
+            assert self.runtime is not None
+            self.runtime.is_in_backward = True
+            try:
+                return super().backward(*args, **kwargs)
+            finally:
+                self.runtime.is_in_backward = False
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """A validation batch, of the sanity check or of training."""

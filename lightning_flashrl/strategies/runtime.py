@@ -113,7 +113,10 @@ class RecoveryRuntime:
         """Fits that this program has ended."""
         self.section: dict[str, int] = {}
         """Collectives issued before the set-up of the current fit began."""
-        self.global_step = 0
+        self.count_updates: Callable[[], int] = lambda: 0
+        """Set by the session: optimizer updates committed so far, as the Trainer counts them."""
+        self.is_in_backward = False
+        """Set by the strategy: what is reduced now are gradients."""
         self.is_training = False
         self.stop_version: int | None = None
         """All ranks agreed to stop after this many updates, because one of them got SIGTERM."""
@@ -146,7 +149,7 @@ class RecoveryRuntime:
         self._is_held = False
         self._is_single_host = len(client.local_slots) == client.world_size
         self._records_lock = threading.Lock()
-        self._trigger = FaultTrigger([], client.global_rank, client.incarnation)
+        self._trigger = FaultTrigger([], client.global_rank)
         self.arm([Fault.parse(line) for line in json.loads(os.environ.get("FLASHRL_CHAOS", "[]"))])
 
     # ------------------------------------------------------------------ life
@@ -206,7 +209,7 @@ class RecoveryRuntime:
 
     def _note_seq(self, seq: int) -> None:
         self.slot[Word.SEQ_ISSUED] = seq
-        if self.slot[Word.PHASE] == Phase.BACKWARD:
+        if self.is_in_backward:
             self.enter_phase(Phase.ALL_REDUCE)
             self.slot[Word.PHASE] = Phase.BACKWARD
 
@@ -219,15 +222,18 @@ class RecoveryRuntime:
     def arm(self, faults: list[Fault]) -> None:
         """Let faults strike on purpose."""
         if faults:
-            self._trigger = FaultTrigger(faults, self.client.global_rank, self.client.incarnation)
+            struck = [Fault.parse(line.decode()) for line in self.slot.records(Region.STRUCK)]
+            self._trigger = FaultTrigger(faults, self.client.global_rank, struck)
 
     def enter_phase(self, phase: Phase) -> None:
         """The program begins ``phase`` of its current step."""
         self.slot.beat_loop()
         self.slot[Word.PHASE] = phase
-        self.slot[Word.GLOBAL_STEP] = self.global_step
-        fault = self._trigger.at(StepTag(self.global_step, phase))
+        global_step = self.count_updates()
+        self.slot[Word.GLOBAL_STEP] = global_step
+        fault = self._trigger.at(StepTag(global_step, phase))
         if fault is not None:
+            self.slot.append(Region.STRUCK, str(fault).encode())
             fault.how.strike()
 
     # ------------------------------------------------------------------ journal of the set-up
@@ -470,7 +476,7 @@ class RecoveryRuntime:
 
     def _take_part(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         """Survivors: form every group anew; each group on its own, for a newcomer may still have to create some."""
-        others = [group_id for group_id in self.communicator.groups if group_id != DEFAULT_GROUP]
+        others = [group_id for group_id in self.communicator.begin_regrouping(changed) if group_id != DEFAULT_GROUP]
         failures: list[RuntimeError] = []
 
         def rejoin(group_id: str) -> None:
@@ -521,7 +527,7 @@ class RecoveryRuntime:
     def _join_setup(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         """The predecessor died before training: take part in what it missed."""
         communicator = self.communicator
-        for group_id in list(communicator.groups):
+        for group_id in communicator.begin_regrouping(changed):
             with _stage(timings, "rendezvous"):
                 native = communicator.reconnect(group_id, changed)
             group = communicator.groups[group_id]
@@ -598,7 +604,7 @@ class RecoveryRuntime:
         communicator.end_replay()
         communicator.enter(point.seqs)
         changed = entry.changed
-        others = [group_id for group_id in communicator.groups if group_id != DEFAULT_GROUP]
+        others = [group_id for group_id in communicator.begin_regrouping(changed) if group_id != DEFAULT_GROUP]
         try:
             natives = {
                 DEFAULT_GROUP: entry.native,

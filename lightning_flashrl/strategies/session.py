@@ -69,6 +69,7 @@ class FitSession:
         self._first_version = runtime.version
         """Updates before this fit (of an earlier fit of the same program)."""
         runtime.replicated = self._replicated
+        runtime.count_updates = lambda: trainer.global_step
 
     # ------------------------------------------------------------------ what travels from a donor
     def _live(self) -> StateCopy:
@@ -177,7 +178,6 @@ class FitSession:
     def begin_batch(self, loop: FlashTrainingEpochLoop) -> None:
         """Called before a batch is fetched."""
         runtime = self.runtime
-        runtime.global_step = loop.global_step
         runtime.enter_phase(Phase.BATCH_START)
         self._end_validation()
         batch = loop.batch_progress.total.ready
@@ -208,7 +208,6 @@ class FitSession:
     def end_batch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> None:
         """Called when a batch is done, before validation and epoch-end hooks."""
         runtime = self.runtime
-        runtime.global_step = loop.global_step
         runtime.enter_phase(Phase.BATCH_END)
         will_validate = loop._should_check_val_fx(fetcher)
         if not (will_validate or loop._num_ready_batches_reached() or loop.done):

@@ -15,7 +15,8 @@ from lightning_flashrl.types import StepTag
 class FaultSchedule(Callback):
     """A list of faults, as a callback.
 
-    Each fault strikes once: the replacement of a struck rank is not struck again by the same fault.
+    Each fault strikes once, in whichever process of its rank comes to its place first: the replacement of a struck rank
+    is not struck again by the same fault.
 
     Example:
         >>> from lightning_flashrl.types import Phase

@@ -58,6 +58,17 @@ def conformance_gloo(rank: int, size: int, rendezvous: Rendezvous) -> None:
     check_transport(GlooTransport, rendezvous.put, rendezvous.fetch, rank, size)
 
 
+class Forgetful(GlooTransport):
+    """What gloo is to an operation that it forgets: nothing ends it."""
+
+    def _shut_connections(self) -> None:
+        pass
+
+
+def conformance_forgetful(rank: int, size: int, rendezvous: Rendezvous) -> None:
+    check_transport(Forgetful, rendezvous.put, rendezvous.fetch, rank, size)
+
+
 def conformance_device(rank: int, size: int, rendezvous: Rendezvous) -> None:
     check_transport(GlooAsDevice, rendezvous.put, rendezvous.fetch, rank, size)
 

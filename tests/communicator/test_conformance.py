@@ -18,6 +18,11 @@ def test_gloo_conforms(size: int) -> None:
     run_members("conformance_gloo", size)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo_conforms_when_it_forgets_an_operation(size: int) -> None:
+    run_members("conformance_forgetful", size)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_hosts_part_of_device_transports_conforms(size: int) -> None:
     run_members("conformance_device", size)

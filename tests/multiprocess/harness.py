@@ -38,13 +38,14 @@ class Run:
         return max((record["quorum_id"] for record in self.recoveries), default=0)
 
 
-def _environment() -> dict[str, str]:
-    environment = {
+def environment() -> dict[str, str]:
+    """Variables of a job: ours, without those of a job around."""
+    kept = {
         key: value for key, value in os.environ.items() if not re.match("RANK|WORLD_SIZE|LOCAL_|FLASHRL_|MASTER_", key)
     }
-    path = os.pathsep.join(filter(None, [str(JOB.parent / "early"), environment.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(JOB.parent / "early"), kept.get("PYTHONPATH")]))
     return {
-        **environment,
+        **kept,
         "PYTHONPATH": path,
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -58,7 +59,7 @@ def _execute(command: list[str], out: Path, timeout_s: float) -> tuple[int, str]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=_environment(),
+        env=environment(),
         cwd=out,
         start_new_session=True,
     )
@@ -71,8 +72,20 @@ def _execute(command: list[str], out: Path, timeout_s: float) -> tuple[int, str]
     return process.returncode, output
 
 
-def _digests(out: Path) -> dict[int, Any]:
+def read_digests(out: Path) -> dict[int, Any]:
+    """What the ranks of a job wrote at their end."""
     return {int(re.findall(r"\d+", p.name)[0]): json.loads(p.read_text()) for p in sorted(out.glob("digest*.json"))}
+
+
+def flash_command(
+    out: Path, ranks: int, *arguments: str, chaos: tuple[str, ...] = (), options: tuple[str, ...] = ()
+) -> list[str]:
+    """The command that runs the job under ``flashrun``."""
+    command = [sys.executable, "-m", "lightning_flashrl.cli.flashrun", "--nproc-per-node", str(ranks)]
+    command += ["--log-dir", str(out / "logs")]
+    for line in chaos:
+        command += ["--chaos", line]
+    return [*command, *options, str(JOB), "--out", str(out), *arguments]
 
 
 def run_flash(
@@ -85,20 +98,9 @@ def run_flash(
 ) -> Run:
     """Run the job under ``flashrun``."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_flashrl.cli.flashrun",
-        "--nproc-per-node",
-        str(ranks),
-        "--log-dir",
-        str(out / "logs"),
-    ]
-    for line in chaos:
-        command += ["--chaos", line]
-    command += [*options, str(JOB), "--out", str(out), *arguments]
+    command = flash_command(out, ranks, *arguments, chaos=chaos, options=options)
     returncode, output = _execute(command, out, timeout_s)
-    return Run(returncode, output, _digests(out), out)
+    return Run(returncode, output, read_digests(out), out)
 
 
 @functools.cache
@@ -109,7 +111,7 @@ def run_stock(ranks: int, *arguments: str) -> dict[int, Any]:
     command += [str(JOB), "--out", str(out), "--strategy", "ddp", *arguments]
     returncode, output = _execute(command, out, TIMEOUT_S)
     assert returncode == 0, output
-    return _digests(out)
+    return read_digests(out)
 
 
 def assert_exact(run: Run, expected: dict[int, Any]) -> None:

@@ -27,12 +27,16 @@ backward of rank 0 | 3 | {MANY} | kill rank=0 step=5 phase=backward |
 second step | 3 | {MANY} --die 0:1:backward | |
 before the step | 3 | {MANY} --die 1:6:before_step | |
 inside the optimizer | 3 | {MANY} --die 0:4:optimizer | |
-collective at batch end | 3 | {MANY} --die 1:6:batch_end_late | |
+collective at batch end, by its count of updates | 3 | {MANY} | kill rank=1 step=6 phase=batch_end |
+validation, by its count of updates | 3 | {MANY} | kill rank=0 step=8 phase=validation count=2 |
+two steps out of order and one twice | 3 | | kill rank=1 step=8;kill rank=1 step=4;kill rank=1 step=4 |
+batch end | 3 | {MANY} --die 1:6:batch_end_late | |
 validation of rank 0 | 3 | {MANY} --die 0:8:validation | |
 sanity check | 3 | {MANY} --die 0:0:sanity | |
 saving a checkpoint | 3 | {MANY} --die 0:6:checkpoint | |
 epoch end | 3 | {MANY} --die 0:12:epoch_end_late | |
 train end | 3 | {MANY} --die 1:12:train_end | |
+a replacement saves a checkpoint | 3 | {MANY} | kill rank=1 step=5 phase=optimizer_step;kill rank=1 step=6 phase=checkpoint |
 set-up | 3 | {MANY} | kill rank=1 step=0 phase=setup |
 first step | 3 | {MANY} | kill rank=2 step=0 phase=backward |
 commit | 3 | | kill rank=1 step=4 phase=commit |
@@ -68,7 +72,7 @@ batch start | 3 | {MANY} | kill rank=1 step=6 phase=batch_start |
 batch end | 3 | {MANY} --die 1:6:batch_end | |
 validation end | 3 | {MANY} --die 1:8:validation_end | |
 validation of rank 1 | 3 | {MANY} --die 1:8:validation | |
-checkpoint on rank 1 | 3 | {MANY} | kill rank=1 step=5 phase=checkpoint |
+checkpoint on rank 1 | 3 | {MANY} | kill rank=1 step=6 phase=checkpoint |
 set-up of rank 0 | 3 | {MANY} | kill rank=0 step=0 phase=setup |
 fit start | 3 | --die 0:0:fit_start | |
 train start | 3 | --die 1:0:train_start | |

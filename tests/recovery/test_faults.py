@@ -57,9 +57,28 @@ def test_an_unknown_setting_is_named() -> None:
         Fault.parse("kill node=1 rank=1 step=3")
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("rank=-1 step=3", "rank is -1; count from 0"), ("rank=1 step=-2", "step is -2; count from 0")],
+)
+def test_numbers_below_the_first_are_refused(setting: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        Fault.parse(f"kill {setting}")
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_passages_are_counted_from_one(count: int) -> None:
+    with pytest.raises(
+        ConfigurationError, match=f"'kill rank=1 step=3 phase=forward count={count}'.*count is {count}; count from 1"
+    ):
+        Fault.parse(f"kill rank=1 step=3 count={count}")
+    with pytest.raises(ConfigurationError, match="count from 1"):
+        Fault(1, StepTag(3, Phase.FORWARD), count=count)
+
+
 def test_a_fault_strikes_at_its_passage_and_once() -> None:
     fault = Fault.parse("kill rank=1 step=3 phase=validation count=2")
-    trigger = FaultTrigger([fault], rank=1, incarnation=0)
+    trigger = FaultTrigger([fault], rank=1)
     here = StepTag(3, Phase.VALIDATION)
     assert trigger.at(StepTag(2, Phase.VALIDATION)) is None
     assert trigger.at(StepTag(3, Phase.BATCH_END)) is None
@@ -67,20 +86,67 @@ def test_a_fault_strikes_at_its_passage_and_once() -> None:
 
 
 def test_other_ranks_are_not_struck() -> None:
-    trigger = FaultTrigger([Fault.parse("kill rank=1 step=3")], rank=0, incarnation=0)
+    trigger = FaultTrigger([Fault.parse("kill rank=1 step=3")], rank=0)
     assert trigger.at(StepTag(3, Phase.FORWARD)) is None
 
 
-def test_each_process_of_a_rank_gets_its_own_fault_in_the_order_of_the_steps() -> None:
-    late, early = Fault.parse("kill rank=1 step=7"), Fault.parse("stop rank=1 step=3 phase=backward")
-    faults = [late, Fault.parse("kill rank=0 step=5"), early]
+def _live(faults: list[str]) -> list[str]:
+    """What strikes each process of rank 1. A replacement does the step again in which its predecessor was struck."""
+    planned = [Fault.parse(line) for line in faults]
+    struck: list[Fault] = []
+    begin = 0
+    for _ in range(10):
+        trigger = FaultTrigger(planned, 1, struck)
+        tags = [StepTag(step, phase) for step in range(begin, 10) for phase in Phase]
+        found = next((fault for tag in tags if (fault := trigger.at(tag)) is not None), None)
+        if found is None:
+            return [str(fault) for fault in struck]
+        struck.append(found)
+        begin = max(found.at.global_step - 1, 0)
+    raise AssertionError(f"struck without end: {struck}")
 
-    def struck(incarnation: int) -> list[Fault]:
-        trigger = FaultTrigger(faults, 1, incarnation)
-        tags = [StepTag(step, phase) for step in range(10) for phase in Phase]
-        return [fault for tag in tags if (fault := trigger.at(tag)) is not None]
 
-    assert [struck(incarnation) for incarnation in range(3)] == [[early], [late], []]
+FORWARD, BACKWARD, SEVENTH = (
+    "kill rank=1 step=3 phase=forward",
+    "stop rank=1 step=3 phase=backward",
+    "kill rank=1 step=7 phase=forward",
+)
+
+
+@pytest.mark.parametrize(
+    ("faults", "lives"),
+    [
+        pytest.param([], [], id="none"),
+        pytest.param([FORWARD], [FORWARD], id="the replacement does the step again and is spared"),
+        pytest.param([FORWARD, FORWARD], [FORWARD, FORWARD], id="a line that is there twice strikes two processes"),
+        pytest.param(
+            [SEVENTH, BACKWARD, FORWARD], [FORWARD, BACKWARD, SEVENTH], id="the order of the lines is nothing"
+        ),
+        pytest.param([f"{FORWARD} count=2", SEVENTH], [SEVENTH], id="a passage that never comes blocks nothing"),
+        pytest.param(["kill rank=1 step=40", SEVENTH], [SEVENTH], id="a step that never comes blocks nothing"),
+        pytest.param(["kill rank=0 step=3", SEVENTH], [SEVENTH], id="another rank's"),
+        pytest.param(
+            ["kill rank=1 step=3 phase=forward", "exit rank=1 step=3 phase=forward"],
+            ["kill rank=1 step=3 phase=forward", "exit rank=1 step=3 phase=forward"],
+            id="two at one place strike one process each",
+        ),
+        pytest.param(
+            ["kill rank=1 step=0 phase=setup", "kill rank=1 step=0 phase=setup", FORWARD],
+            ["kill rank=1 step=0 phase=setup", "kill rank=1 step=0 phase=setup", FORWARD],
+            id="the set-up of the replacement as well",
+        ),
+    ],
+)
+def test_each_fault_strikes_one_process(faults: list[str], lives: list[str]) -> None:
+    assert _live(faults) == lives
+
+
+def test_a_process_that_was_struck_by_something_else_leaves_the_faults_to_its_replacement() -> None:
+    fault = Fault.parse(SEVENTH)
+    killed_from_outside = FaultTrigger([fault], 1)
+    assert killed_from_outside.at(StepTag(3, Phase.FORWARD)) is None
+    replacement = FaultTrigger([fault], 1, struck=())
+    assert replacement.at(StepTag(7, Phase.FORWARD)) == fault
 
 
 def _struck(how: How, before: str = "") -> subprocess.Popen[bytes]:

@@ -182,11 +182,13 @@ def test_a_new_process_gets_the_published_state_but_not_the_heartbeat(slot: Rank
     assert slot.read(Region.INDEX_A) == b"state"
 
 
-def test_a_reset_slot_is_empty(slot: RankSlot) -> None:
+def test_a_reset_slot_is_empty_but_for_faults_that_struck(slot: RankSlot) -> None:
     slot[Word.COMMITTED] = 5
     slot.write(Region.INDEX_A, [b"state"])
     slot.append(Region.JOURNAL, b"record")
+    slot.append(Region.STRUCK, b"kill rank=3 step=1 phase=forward")
     slot.reset()
+    assert slot.records(Region.STRUCK) == [b"kill rank=3 step=1 phase=forward"]
     assert slot[Word.COMMITTED] == 0
     assert slot.read(Region.INDEX_A) is None
     assert slot.records(Region.JOURNAL) == []
