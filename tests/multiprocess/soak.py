@@ -115,12 +115,12 @@ def draw(seed: int) -> Draw:
     while has_phases and num_faults and (not chaos or rng.random() < 0.4):
         chaos.append(_draw_line(rng, updates, _other(rng, ranks, spared)))
         num_faults -= 1
-    steps = sorted(rng.choice((-1, rng.randrange(updates), rng.randrange(updates))) for _ in range(num_faults))
+    steps = sorted(rng.choice((-1, *(rng.randrange(updates) for _ in range(4)))) for _ in range(num_faults))
     bouts: list[Bout] = []
     while num_faults > 0:
         if not has_phases:
             spared = rng.randrange(ranks)
-        size = min(num_faults, rng.choice((1, 1, 2, 2, 3)))
+        size = min(num_faults, rng.choice((1, 2, 2, 3)))
         step = steps[len(steps) - num_faults]
         first_s = rng.uniform(0.0, 2.5) if step < 0 else rng.choice((0.0, rng.uniform(0.0, 0.1)))
         strikes = [Strike(_other(rng, ranks, spared), _draw_signal(rng), first_s)]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_flashrl.recovery.faults import Fault
 from tests.multiprocess.harness import assert_exact, run_stock
 from tests.multiprocess.soak import Draw, Outcome, draw, run_under_fire
 
@@ -96,6 +97,17 @@ def _run(drawn: Draw, figures: _Figures) -> None:
         shutil.rmtree(folder)
     figures.add(outcome)
     print(f"run {figures.runs}: {drawn}\n  → {len(outcome.losses)} lost, {outcome.seconds:.1f} s", flush=True)
+
+
+def test_a_seed_gives_the_same_run_each_time_and_never_strikes_everybody() -> None:
+    for seed in range(300):
+        drawn = draw(seed)
+        assert draw(seed) == drawn
+        at_phases = {Fault.parse(line).rank for line in drawn.chaos}
+        assert drawn.chaos or drawn.bouts
+        for bout in drawn.bouts:
+            assert len(at_phases | {strike.rank for strike in bout.strikes}) < drawn.ranks, drawn
+        assert len(at_phases) < drawn.ranks, drawn
 
 
 @pytest.mark.soak
