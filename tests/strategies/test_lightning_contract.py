@@ -293,6 +293,12 @@ def test_loader_states_are_loaded_just_before_the_first_iterator_is_made() -> No
     assert "rand" not in between, "random states must not move between the note and the iterator"
 
 
+def test_making_validation_loaders_needs_the_others_for_two_things_only() -> None:
+    body = _body(_EvaluationLoop.setup_data)
+    used = set(re.findall(r"strategy\.(\w+)", body) + re.findall(r"strategy\.(\w+)", _body(has_len_all_ranks)))
+    assert used - {"root_device"} == {"barrier", "reduce"}, "FlashEvaluationLoop.setup_data_alone does without them"
+
+
 def test_samplers_get_their_epoch_before_a_batch_is_fetched() -> None:
     _assert_order(
         _FitLoop.on_advance_start,
