@@ -22,6 +22,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
@@ -34,6 +35,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader, _MaxSizeCycle, _ModeIterator
+from lightning.pytorch.utilities.data import has_len_all_ranks
 from torch._C._distributed_c10d import Backend, HashStore, ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
@@ -291,6 +293,12 @@ def test_loader_states_are_loaded_just_before_the_first_iterator_is_made() -> No
     between = _body(_FitLoop.setup_data)
     between = between[between.index("_load_combined_loader_states()") : between.index("iter(self._data_fetcher)")]
     assert "rand" not in between, "random states must not move between the note and the iterator"
+
+
+def test_making_validation_loaders_needs_the_others_for_two_things_only() -> None:
+    body = _body(_EvaluationLoop.setup_data)
+    used = set(re.findall(r"strategy\.(\w+)", body) + re.findall(r"strategy\.(\w+)", _body(has_len_all_ranks)))
+    assert used - {"root_device"} == {"barrier", "reduce"}, "FlashEvaluationLoop.setup_data_alone does without them"
 
 
 def test_samplers_get_their_epoch_before_a_batch_is_fetched() -> None:
