@@ -10,6 +10,7 @@ processor's time that the process used in it, which other work on the machine di
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -73,7 +74,7 @@ def train(strategy: str, millions: float, num_steps: int, out: Path) -> None:
     trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(10_000, width), batch_size=4))
     if trainer.is_global_zero:
         ends_s = clock.ends_s[NUM_WARM_UP:]
-        steps_s = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends_s, ends_s[1:], strict=False)]
+        steps_s = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends_s)]
         out.write_text(json.dumps([statistics.median(column) * 1e3 for column in zip(*steps_s, strict=True)]))
 
 
