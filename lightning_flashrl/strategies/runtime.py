@@ -197,6 +197,7 @@ class RecoveryRuntime:
             self.slot[Word.STATE] = RankState.FINISHED
             with self.held(), contextlib.suppress(TimeoutError):
                 self.client.store_set(f"left/{self.client.global_rank}", b"1")
+                self.slot[Word.STATE] = RankState.LEFT
                 for rank in range(self.client.world_size):
                     self.client.store_get(f"left/{rank}", timeout_s=_FOREVER_S)
         self._entry = None

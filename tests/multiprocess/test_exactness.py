@@ -180,3 +180,11 @@ def test_resumed_from_a_checkpoint_and_killed(tmp_path: Path) -> None:
     run = run_flash(tmp_path / "run", 2, "--resume", checkpoint, chaos=("kill rank=1 step=7 phase=backward",))
     assert_exact(run, expected)
     assert run.num_faults == 1
+
+
+@pytest.mark.timeout(400)
+def test_a_rank_killed_when_all_programs_are_over_is_not_missed(tmp_path: Path) -> None:
+    expected = run_stock(2)
+    run = run_flash(tmp_path / "run", 2, "--die", "1:0:left", "--die", "0:0:left")
+    assert_exact(run, expected)
+    assert run.num_faults == 0

@@ -57,6 +57,7 @@ def _prepare() -> None:
     before(Communicator, "join", "rendezvous")
     before(Communicator, "redo", "redo")
     before(Communicator, "enter", "enter")
+    before(Communicator, "close", "left")
     before(transfer, "send_state", "give")
     before(transfer, "_hear_whether_taken", "giving")
     before(transfer.Arrival, "__init__", "arrival")
