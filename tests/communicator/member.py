@@ -228,5 +228,10 @@ if __name__ == "__main__":
     for member in range(size):  # connections of a group stay open until all are done
         rendezvous.fetch(f"done/{member}", 60.0, threading.Event())
     for thing in gc.get_objects():
-        if isinstance(thing, Communicator):
+        if type(thing) is Communicator:
             thing.close()
+    if check == "conformance_forgetful":
+        # Threads wait for operations that nothing ends; the end of another member would wake them in the middle of the
+        # interpreter's shutdown.
+        sys.stdout.flush()
+        os._exit(0)
