@@ -378,7 +378,7 @@ class RecoveryRuntime:
     def finish_fit(self) -> None:
         """Wait until the fit of every rank is over; until then this rank can be a donor."""
         self.slot[Word.STATE] = RankState.FINISHED
-        self.client.finish()
+        self.client.finish(self.num_fits)
         with self.held():
             self.client.wait_all_finished()
         # What follows is the set-up of a further fit, if there is one: a replacement needs its results.

@@ -70,7 +70,9 @@ class RankClient:
         self._answered = threading.Condition()
         self._answers: dict[int, bytes | None] = {}
         self._next_request = 0
-        self._all_finished = threading.Event()
+        self._fits_changed = threading.Condition()
+        self._num_fits = 0
+        self._num_fits_over = 0
         self._quorum: QuorumChange | None = None
 
     @classmethod
@@ -204,14 +206,15 @@ class RankClient:
         """Say that user code raised here: the job stops. On return the message has left this process."""
         self._send(protocol.Raised(traceback_text))
 
-    def finish(self) -> None:
-        """Say that this rank's fit is over; it can still be a donor."""
-        self._all_finished.clear()
-        self._send(protocol.Finished())
+    def finish(self, fit: int = 0) -> None:
+        """Say that fit number ``fit`` of this rank's program is over; it can still be a donor."""
+        self._num_fits = fit + 1
+        self._send(protocol.Finished(fit))
 
     def wait_all_finished(self, timeout_s: float | None = None) -> bool:
-        """Wait until all ranks said :meth:`finish`; return whether they did."""
-        return self._all_finished.wait(timeout_s)
+        """Wait until all ranks said :meth:`finish` of that fit; return whether they did."""
+        with self._fits_changed:
+            return self._fits_changed.wait_for(lambda: self._num_fits_over >= self._num_fits, timeout_s)
 
     # ------------------------------------------------------------------ threads
     def _send(self, message: protocol.Message) -> None:
@@ -255,7 +258,9 @@ class RankClient:
                 self._on_plan(plan)
             case RecoveryRecord():
                 self._on_event(message)
-            case protocol.AllFinished():
-                self._all_finished.set()
+            case protocol.AllFinished(num_fits=num_fits):
+                with self._fits_changed:
+                    self._num_fits_over = max(num_fits, self._num_fits_over)
+                    self._fits_changed.notify_all()
             case _:
                 pass

@@ -144,8 +144,10 @@ class Controller:
         self._uses_flash = settings.uses_flash
         self._exited: set[int] = set()
         self._raised: set[int] = set()
-        self._finished: set[int] = set()
-        self._is_fit_over = False
+        self._fits: dict[int, int] = {}
+        """Fits that each rank has ended."""
+        self._num_fits_over = 0
+        """Fits that all ranks have ended."""
         self._world_size = 0
         self._now_ns = 0
         self._ticked_ns = 0
@@ -281,10 +283,8 @@ class Controller:
         self.quorum_id += 1
         unrestored[lost.global_rank] = lost
         self._recovery = OngoingRecovery(self.quorum_id, unrestored, self._now_ns, {"detect": detect_ms})
-        if self._is_fit_over:  # the replacement gets to the end of its fit alone; the others are there
-            self._is_fit_over = False
-            self._finished.update(range(self._world_size))
-        self._finished.discard(lost.global_rank)
+        if self._fits.get(lost.global_rank, 0) > self._num_fits_over:  # its replacement has to end that fit again
+            self._fits[lost.global_rank] = self._num_fits_over
         self._store.drop_before(self.quorum_id)
         self._send(None, QuorumChange(self.quorum_id, tuple(unrestored.values())))
         self._tell(
@@ -374,9 +374,10 @@ class Controller:
         self.quorum_id = 0
         self._recovery = None
         self._store.clear()
-        for group in (self._exited, self._raised, self._finished):
+        for group in (self._exited, self._raised):
             group.clear()
-        self._is_fit_over = False
+        self._fits.clear()
+        self._num_fits_over = 0
         self._idle_nodes.clear()
         self._send(None, protocol.KillAll())
 
@@ -419,13 +420,11 @@ class Controller:
                 found = self._store.get(key, waiter)
                 if found is not None:
                     self._answer(waiter, found)
-            case protocol.Finished():
-                self._is_fit_over = False
-                self._finished.add(global_rank)
-                if len(self._finished) == self._world_size:
-                    self._finished.clear()
-                    self._is_fit_over = True
-                    self._send(None, protocol.AllFinished())
+            case protocol.Finished(fit=fit):
+                self._fits[global_rank] = max(fit + 1, self._fits.get(global_rank, 0))
+                self._num_fits_over = min(self._fits.get(rank, 0) for rank in range(self._world_size))
+                if self._num_fits_over > fit:
+                    self._send(None, protocol.AllFinished(self._num_fits_over))
             case protocol.CheckpointSaved(path=path):
                 self._newest_checkpoint = path
             case protocol.Raised() as raised:

@@ -96,7 +96,13 @@ class RecoveryRecord(Message, frozen=True):
 
 
 class AllFinished(Message, frozen=True):
-    """Every rank of the job said that its fit is over."""
+    """Every rank of the job said that its fit is over.
+
+    Attributes:
+        num_fits: of the program, that are over on all ranks.
+    """
+
+    num_fits: int = 1
 
 
 # --------------------------------------------------------------------------- agent → rank
@@ -191,7 +197,13 @@ class Raised(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """This rank's fit is over; it can still be a donor."""
+    """This rank's fit is over; it can still be a donor.
+
+    Attributes:
+        fit: which fit of the program, from 0. A replacement may say it again.
+    """
+
+    fit: int = 0
 
 
 # --------------------------------------------------------------------------- agent → controller

@@ -228,7 +228,7 @@ def test_the_end_of_all_fits_is_waited_for(rig: Rig) -> None:
     assert not rig.client.wait_all_finished(0.05)
     rig.send(protocol.AllFinished())
     assert rig.client.wait_all_finished(5.0)
-    rig.client.finish()
+    rig.client.finish(1)
     assert not rig.client.wait_all_finished(0.01)
 
 

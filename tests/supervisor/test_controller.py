@@ -270,13 +270,23 @@ def test_a_rank_lost_when_another_has_left_cannot_be_replaced() -> None:
 
 def test_a_rank_lost_after_the_fit_of_all_reaches_its_end_alone() -> None:
     bench = Bench()
-    for _ in range(2):
-        ends = [sent(bench.rank_says(rank, protocol.Finished()), protocol.AllFinished) for rank in range(4)]
+    for fit in range(2):
+        ends = [sent(bench.rank_says(rank, protocol.Finished(fit)), protocol.AllFinished) for rank in range(4)]
         assert [bool(end) for end in ends] == [False, False, False, True]
         bench.fail(2)
         bench.fail(3)
-        assert sent(bench.rank_says(2, protocol.Finished()), protocol.AllFinished) == []
-        assert sent(bench.rank_says(3, protocol.Finished()), protocol.AllFinished)
+        over = [Send(None, protocol.AllFinished(fit + 1))]
+        assert sent(bench.rank_says(2, protocol.Finished(fit)), protocol.AllFinished) == over
+        assert sent(bench.rank_says(3, protocol.Finished(fit)), protocol.AllFinished) == over
+
+
+def test_a_loss_in_a_later_fit_lets_nobody_leave_it_early() -> None:
+    bench = Bench()
+    for rank in range(4):
+        bench.rank_says(rank, protocol.Finished(0))
+    bench.fail(2)
+    ends = [sent(bench.rank_says(rank, protocol.Finished(1)), protocol.AllFinished) for rank in range(4)]
+    assert ends == [[], [], [], [Send(None, protocol.AllFinished(2))]]
 
 
 def test_finished_counts_in_the_present_membership() -> None:
