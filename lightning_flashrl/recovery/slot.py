@@ -40,8 +40,6 @@ class RankState(enum.IntEnum):
     RESTORING = 4
     FINISHED = 5
     """``fit`` is over; the process may still run the user's script."""
-    LEFT = 6
-    """The program is over, and the process waits for the others to say the same."""
 
 
 class Word(enum.IntEnum):

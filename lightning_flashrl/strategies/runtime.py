@@ -48,10 +48,9 @@ from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
 from lightning_flashrl.strategies import transfer
 from lightning_flashrl.strategies.transfer import Arrival
 from lightning_flashrl.supervisor.client import RankClient
-from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
+from lightning_flashrl.supervisor.protocol import PROGRAM_END, QuorumChange, RecoveryRecord
 from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint, StepTag
 
-_FOREVER_S = 1e8
 _COMMIT_BUFFERS = (Region.COMMIT_A, Region.COMMIT_B)
 _MID_BUFFERS = (Region.MID_A, Region.MID_B)
 
@@ -195,11 +194,9 @@ class RecoveryRuntime:
             return
         if self.slot[Word.STATE] >= RankState.TRAINING:
             self.slot[Word.STATE] = RankState.FINISHED
-            with self.held(), contextlib.suppress(TimeoutError):
-                self.client.store_set(f"left/{self.client.global_rank}", b"1")
-                self.slot[Word.STATE] = RankState.LEFT
-                for rank in range(self.client.world_size):
-                    self.client.store_get(f"left/{rank}", timeout_s=_FOREVER_S)
+            with self.held():
+                self.client.finish(PROGRAM_END)
+                self.client.wait_all_finished()
         self._entry = None
         self.communicator.close()
 

@@ -27,7 +27,7 @@ import zmq
 
 from lightning_flashrl import clock
 from lightning_flashrl.recovery.detector import DetectorSettings, Health, Look, detect
-from lightning_flashrl.recovery.slot import RankSlot, RankState, Word
+from lightning_flashrl.recovery.slot import RankSlot, Word
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.device_health import DeviceHealth, DeviceWatch
@@ -412,17 +412,12 @@ class Agent:
             self._check_idle()
         elif seat.is_given_up:
             self._spawn(seat)
-        elif status == ExitStatus(0, is_signal=False) or (status.is_signal and self._is_work_done()):
+        elif status == ExitStatus(0, is_signal=False):
             self._send(protocol.RankExited(seat.global_rank))
         else:
             seat.needs_process = True
             if not seat.has_raised:
                 self._report_failure(seat, status, woken_ns)
-
-    def _is_work_done(self) -> bool:
-        """Whether the programs of all ranks are over, so that nothing is lost with one that still winds up."""
-        is_whole_job = self._launch is not None and self._launch.world_size == len(self._seats)
-        return is_whole_job and all(seat.slot[Word.STATE] == RankState.LEFT for seat in self._seats)
 
     def _report_failure(self, seat: Seat, status: ExitStatus, woken_ns: int) -> None:
         now_ns = clock.now_ns()

@@ -39,6 +39,8 @@ from lightning_flashrl.supervisor.protocol import Failure, LostRank, QuorumChang
 from lightning_flashrl.supervisor.store import Store, Waiter
 
 _SIGTERM = 15
+_SIGNALS_FROM = 128
+"""Exit codes above tell of a signal."""
 FAILURE_GRACE_S = 3.0
 SIGNAL_GRACE_S = 10.0
 NODE_SILENCE_S = 15.0
@@ -257,7 +259,9 @@ class Controller:
         lost = failure.lost
         if self.state is not JobState.RUNNING or lost.global_rank in self._raised:
             return
-        if not self._uses_flash:
+        if self._num_fits_over > protocol.PROGRAM_END and failure.exit_code > _SIGNALS_FROM:
+            self._on_exited(lost.global_rank)  # the programs of all ranks are over: nothing is lost with it
+        elif not self._uses_flash:
             self._restart_plain(f"rank {lost.global_rank} {lost.reason}", failure.exit_code)
         elif self._exited:
             self._without_donor(

@@ -196,11 +196,15 @@ class Raised(Message, frozen=True):
     exit_code: int = 1
 
 
+PROGRAM_END = 2**31 - 1
+"""Number of the end that comes after those of all fits."""
+
+
 class Finished(Message, frozen=True):
     """This rank's fit is over; it can still be a donor.
 
     Attributes:
-        fit: which fit of the program, from 0. A replacement may say it again.
+        fit: which fit of the program, from 0, or :data:`PROGRAM_END`. A replacement may say it again.
     """
 
     fit: int = 0

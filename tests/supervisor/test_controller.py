@@ -280,6 +280,21 @@ def test_a_rank_lost_after_the_fit_of_all_reaches_its_end_alone() -> None:
         assert sent(bench.rank_says(3, protocol.Finished(fit)), protocol.AllFinished) == over
 
 
+def test_a_rank_that_dies_when_all_programs_are_over_is_not_missed() -> None:
+    bench = Bench()
+    for rank in range(3):
+        bench.rank_says(rank, protocol.Finished(protocol.PROGRAM_END))
+    assert sent(bench.fail(2), protocol.QuorumChange), "rank 3 may still need it"
+    assert sent(bench.rank_says(3, protocol.Finished(protocol.PROGRAM_END)), protocol.AllFinished) == []
+    assert sent(bench.rank_says(2, protocol.Finished(protocol.PROGRAM_END)), protocol.AllFinished)
+    assert sent(bench.fail(1), protocol.QuorumChange) == []
+    for rank in (0, 2, 3):
+        assert bench.controller.exit_code == 0
+        bench.handle(0, protocol.RankExited(rank))
+    assert bench.controller.state is JobState.STOPPING
+    assert bench.controller.exit_code == 0
+
+
 def test_a_loss_in_a_later_fit_lets_nobody_leave_it_early() -> None:
     bench = Bench()
     for rank in range(4):
