@@ -12,6 +12,31 @@ from torch._C._distributed_c10d import Backend, Work
 Nested = Any
 """A tensor, a list of tensors or a list of lists of tensors."""
 
+TRANSFERS = frozenset({"recv", "recv_anysource", "send"})
+"""Methods of a native group that take part in no numbered call."""
+COLLECTIVES = frozenset(
+    {
+        "_allgather_base",
+        "_reduce_scatter_base",
+        "all_gather_single",
+        "all_to_all_single",
+        "allgather",
+        "allgather_coalesced",
+        "allreduce",
+        "allreduce_coalesced",
+        "alltoall",
+        "alltoall_base",
+        "barrier",
+        "broadcast",
+        "gather",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_single",
+        "scatter",
+    }
+)
+"""Methods of a native group that give a handle of work all members take part in."""
+
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], nested: Nested) -> Nested:
     """Apply ``function`` to each tensor of a nested list."""

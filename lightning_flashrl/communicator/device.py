@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import Backend, BarrierOptions, Store, Work
 
 from lightning_flashrl import clock
 from lightning_flashrl.communicator.base import Transport
-from lightning_flashrl.communicator.collectives import flatten
+from lightning_flashrl.communicator.collectives import COLLECTIVES, TRANSFERS, flatten
 from lightning_flashrl.errors import ConfigurationError
 
 _ABORTED = "the collective was aborted: a member of its group was lost"
@@ -275,33 +275,9 @@ class DeviceGroup:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.native, name)
-        if name not in _COLLECTIVES:
+        if name not in COLLECTIVES | TRANSFERS:
             return method
         return lambda results, *args: self._follow(method, flatten(results), results, *args)
-
-
-_COLLECTIVES = frozenset(
-    {
-        "_allgather_base",
-        "_reduce_scatter_base",
-        "all_gather_single",
-        "all_to_all_single",
-        "allgather",
-        "allreduce",
-        "allreduce_coalesced",
-        "alltoall",
-        "alltoall_base",
-        "broadcast",
-        "gather",
-        "recv",
-        "recv_anysource",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_single",
-        "scatter",
-        "send",
-    }
-)
 
 
 class DeviceTransport(Transport):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch._C._distributed_c10d import ProcessGroupGloo, Work
 
 from lightning_flashrl import clock
+from lightning_flashrl.communicator.collectives import COLLECTIVES, TRANSFERS
 
 _LOOK = timedelta(milliseconds=100)
 _CLOSE_LOOK = timedelta(milliseconds=10)
@@ -66,6 +68,16 @@ def _look_at_threads() -> tuple[dict[str, int], dict[str, tuple[str, int]]]:
     return ticks, workers
 
 
+def _wait_until(has_ended: Callable[[timedelta], bool], broken: threading.Event) -> None:
+    """Wait for an operation, which is asked again and again; once its group is broken, only until gloo is still."""
+    stillness: Stillness | None = None
+    while not has_ended(_LOOK if stillness is None else _CLOSE_LOOK):
+        if stillness is None:
+            stillness = Stillness() if broken.is_set() else None
+        elif stillness.is_proven():
+            raise RuntimeError(_ABORTED)
+
+
 class GlooWork(Work):
     """A collective.
 
@@ -86,22 +98,18 @@ class GlooWork(Work):
             RuntimeError: it failed, took longer than ``timeout``, or was forgotten by gloo when its group broke.
         """
         deadline_s = clock.now_s() + timeout.total_seconds() if timeout > _NO_TIMEOUT else None
-        stillness: Stillness | None = None
-        while not self._has_ended(_LOOK if stillness is None else _CLOSE_LOOK):
-            if deadline_s is not None and clock.now_s() > deadline_s:
-                raise RuntimeError(f"the collective timed out after {timeout.total_seconds():g} s")
-            if stillness is None:
-                stillness = Stillness() if self._broken.is_set() else None
-            elif stillness.is_proven():
-                raise RuntimeError(_ABORTED)
-        return self._native.wait()
 
-    def _has_ended(self, within: timedelta) -> bool:
-        try:
-            self._native.wait(within)
-        except RuntimeError:
-            return self._native.is_completed()
-        return True
+        def has_ended(within: timedelta) -> bool:
+            try:
+                self._native.wait(within)
+            except RuntimeError:
+                if deadline_s is not None and clock.now_s() > deadline_s and not self._native.is_completed():
+                    raise RuntimeError(f"the collective timed out after {timeout.total_seconds():g} s") from None
+                return self._native.is_completed()
+            return True
+
+        _wait_until(has_ended, self._broken)
+        return self._native.wait()
 
     def is_completed(self) -> bool:
         """Whether it is over."""
@@ -154,12 +162,7 @@ class GlooTransfer(Work):
             ended.set()
 
         threading.Thread(target=run, name="flashrl-transfer", daemon=True).start()
-        stillness: Stillness | None = None
-        while not ended.wait((_LOOK if stillness is None else _CLOSE_LOOK).total_seconds()):
-            if stillness is None:
-                stillness = Stillness() if self._broken.is_set() else None
-            elif stillness.is_proven():
-                raise RuntimeError(_ABORTED)
+        _wait_until(lambda within: ended.wait(within.total_seconds()), self._broken)
         if errors:
             raise errors[0]
         return True
@@ -187,9 +190,9 @@ class GlooGroup:
         if native is None:
             raise RuntimeError(_ABORTED)
         method = getattr(native, name)
-        if name in _TRANSFERS:
+        if name in TRANSFERS:
             return lambda *args: GlooTransfer(method(*args), self.broken)
-        if name in _COLLECTIVES:
+        if name in COLLECTIVES:
             return lambda *args: GlooWork(method(*args), self.broken)
         return method
 
@@ -209,25 +212,3 @@ def release(natives: list[ProcessGroupGloo]) -> None:
 
 _NUM_OWN_REFERENCES = 3
 """To an element of a list that is looked at: the list's, the variable's and that of the call which counts."""
-_TRANSFERS = frozenset({"recv", "recv_anysource", "send"})
-_COLLECTIVES = frozenset(
-    {
-        "_allgather_base",
-        "_reduce_scatter_base",
-        "all_gather_single",
-        "all_to_all_single",
-        "allgather",
-        "allgather_coalesced",
-        "allreduce",
-        "allreduce_coalesced",
-        "alltoall",
-        "alltoall_base",
-        "barrier",
-        "broadcast",
-        "gather",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_single",
-        "scatter",
-    }
-)
