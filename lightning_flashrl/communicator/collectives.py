@@ -60,26 +60,20 @@ class BufferPool:
         self._max_bytes = max_bytes
         self._bytes = 0
 
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
-        return (tensor.shape, tensor.dtype, tensor.device)
-
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy ``tensor`` into a buffer of the pool."""
-        free = self._free.get(self._key(tensor))
+        free = self._free.get((tensor.shape, tensor.dtype, tensor.device))
         if free:
             buffer = free.pop()
             self._bytes -= buffer.nbytes
         else:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        with torch.no_grad():
-            buffer.copy_(tensor)
-        return buffer
+        return buffer.copy_(tensor.detach())
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Return a buffer that :meth:`save` handed out and nobody needs any more."""
         if self._bytes + buffer.nbytes <= self._max_bytes:
-            self._free.setdefault(self._key(buffer), []).append(buffer)
+            self._free.setdefault((buffer.shape, buffer.dtype, buffer.device), []).append(buffer)
             self._bytes += buffer.nbytes
 
 

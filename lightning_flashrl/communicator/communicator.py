@@ -220,7 +220,7 @@ class Communicator:
         """Number of the lowest unfinished call of each group; waits until broken native calls have ended."""
         for group in list(self.groups.values()):
             with group.lock:
-                pending = [call for call in group.calls if not call.finished.is_set() and call.work is not None]
+                pending = [call for call in group.calls if not call.is_finished and call.work is not None]
             for call in pending:
                 assert call.work is not None
                 try:
@@ -267,7 +267,7 @@ class Communicator:
             for call in list(group.calls):
                 if call.seq < redo_from:
                     continue
-                if call.finished.is_set():
+                if call.is_finished:
                     redone.append((call, call.collective.contribute_again(native)))
                 else:
                     call.changed = changed

@@ -35,19 +35,32 @@ class Call:
         self.collective = collective
         self.work: Work | None = None
         self.changed = group.communicator.changed
-        self.finished = threading.Event()
+        self.is_finished = False
         self.error: BaseException | None = None
         self._future: torch.futures.Future[Any] | None = None
+        self._ended: threading.Event | None = None
+        """For threads that wait; most calls have a future instead."""
         self._lock = threading.Lock()
+
+    def wait_until_finished(self) -> None:
+        """Block until :meth:`finish`."""
+        with self._lock:
+            if self.is_finished:
+                return
+            if self._ended is None:
+                self._ended = threading.Event()
+            ended = self._ended
+        ended.wait()
 
     def future(self) -> torch.futures.Future[Any]:
         """A future of the results, for the gradient reducer."""
         with self._lock:
             if self._future is None:
-                devices: list[int | str | torch.device]
-                devices = [t.device for t in flatten(self.collective.results)[:1] if t.device.type != "cpu"]
+                devices: list[int | str | torch.device] = []
+                if self.group.communicator.transport.device_type != "cpu":
+                    devices = [t.device for t in flatten(self.collective.results)[:1] if t.device.type != "cpu"]
                 self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
-                if self.finished.is_set():
+                if self.is_finished:
                     self._resolve(self._future)
                     return self._future
                 self.group.communicator.begin_wait()
@@ -78,13 +91,15 @@ class Call:
     def finish(self, error: BaseException | None = None) -> None:
         """Give the results (or an error that is not a peer's fault) to whoever waits."""
         with self._lock:
-            if self.finished.is_set():
+            if self.is_finished:
                 return
             self.error = error
             if error is None:
                 self.group.on_finished(self)
-            self.finished.set()
-            future = self._future
+            self.is_finished = True
+            future, ended = self._future, self._ended
+        if ended is not None:
+            ended.set()
         if future is not None:
             self.group.communicator.end_wait()
             self._resolve(future)
@@ -100,7 +115,7 @@ class HoldingWork(Work):
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Block until the collective is done, however many ranks are replaced meanwhile."""
         call = self._held
-        if call.finished.is_set():
+        if call.is_finished:
             return self._outcome()
         communicator = call.group.communicator
         with communicator.waiting():
@@ -113,7 +128,7 @@ class HoldingWork(Work):
                 else:
                     communicator.transport.synchronize(flatten(call.collective.results))
                     call.finish()
-            call.finished.wait()
+            call.wait_until_finished()
         return self._outcome()
 
     def _outcome(self) -> bool:
@@ -128,9 +143,9 @@ class HoldingWork(Work):
     def is_completed(self) -> bool:
         """Whether the results are there."""
         call = self._held
-        if not call.finished.is_set() and call.work is not None and call.work.is_completed() and call.work.is_success():
+        if not call.is_finished and call.work is not None and call.work.is_completed() and call.work.is_success():
             call.finish()
-        return call.finished.is_set()
+        return call.is_finished
 
     def is_success(self) -> bool:
         """Whether the results are there and no error was met."""
@@ -216,7 +231,7 @@ class HoldingProcessGroup(ProcessGroup):
         if self._answer_alone is not None:
             self._answer_alone(collective.name, flatten(collective.results))
             call = Call(self, -1, collective)
-            call.finished.set()
+            call.is_finished = True
             return HoldingWork(call)
         communicator = self.communicator
         communicator.await_replay_limit()
@@ -245,11 +260,11 @@ class HoldingProcessGroup(ProcessGroup):
     def _deliver(self, call: Call, answer: list[torch.Tensor]) -> None:
         with torch.no_grad():
             if not answer:
-                call.finished.set()  # nothing to write, or a donor's state will replace it
+                call.is_finished = True  # nothing to write, or a donor's state will replace it
                 return
             for tensor, value in zip(flatten(call.collective.results), answer, strict=True):
                 tensor.copy_(value)
-        call.finished.set()
+        call.is_finished = True
 
     @contextlib.contextmanager
     def alone(self, answer: Callable[[str, list[torch.Tensor]], None]) -> Iterator[None]:
@@ -267,12 +282,12 @@ class HoldingProcessGroup(ProcessGroup):
     def first_incomplete(self) -> int:
         """Number of the lowest call that is not finished here."""
         with self.lock:
-            return next((call.seq for call in self.calls if not call.finished.is_set()), self.next_seq)
+            return next((call.seq for call in self.calls if not call.is_finished), self.next_seq)
 
     def truncate(self) -> None:
         """Forget the inputs of finished calls."""
         with self.lock:
-            while self.calls and self.calls[0].finished.is_set():
+            while self.calls and self.calls[0].is_finished:
                 self.calls.popleft().collective.forget(self.communicator.pool)
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> HoldingWork:  # type: ignore[override]  # noqa: D102

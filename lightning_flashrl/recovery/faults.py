@@ -133,6 +133,11 @@ class FaultTrigger:
                 self._left.append(fault)
         self._passages: Counter[StepTag] = Counter()
 
+    @property
+    def is_armed(self) -> bool:
+        """Whether a fault may still strike."""
+        return bool(self._left)
+
     def at(self, tag: StepTag) -> Fault | None:
         """Return the fault that strikes at this passage, if any."""
         here = [fault for fault in self._left if fault.at == tag]

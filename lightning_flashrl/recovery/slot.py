@@ -188,6 +188,12 @@ class RankSlot:
         words[Word.LOOP_BEAT_NS] = now
         words[Word.LOOP_BEATS] += 1
 
+    def begin_phase(self, phase: int, global_step: int) -> None:
+        """Say that the program advanced to a phase of a step."""
+        self.beat_loop()
+        self._words[Word.PHASE] = phase
+        self._words[Word.GLOBAL_STEP] = global_step
+
     def beat_thread(self) -> None:
         """Say that the interpreter runs (called by a thread; stops when something holds the GIL)."""
         self._words[Word.THREAD_BEAT_NS] = clock.now_ns()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import random
 import threading
 import types
 from collections.abc import Callable, Iterable
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from lightning_flashrl.recovery.bulk import bytes_of
@@ -32,33 +30,6 @@ LARGE_BYTES = 1 << 14
 _UNPICKLABLE = (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError)
 _STATELESS = (types.FunctionType, types.ModuleType, type(threading.Lock()), type(threading.RLock()))
 """Cannot be pickled, some of them, and have nothing that would be lost."""
-
-
-# ---------------------------------------------------------------------- random states
-def capture_rng(device: torch.device | None = None) -> tuple[Any, ...]:
-    """Return the states of Python's, NumPy's, torch's and the device's generators as plain bytes and numbers."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: list[Any] = [
-        (version, np.array(internal, dtype=np.uint32).tobytes(), gauss),
-        (name, np.asarray(keys).tobytes(), position, has_gauss, cached),
-        torch.get_rng_state().numpy().tobytes(),
-    ]
-    if device is not None and device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device).numpy().tobytes())
-    return tuple(states)
-
-
-def restore_rng(states: tuple[Any, ...], device: torch.device | None = None) -> None:
-    """Set all generators to what :func:`capture_rng` returned."""
-    version, internal, gauss = states[0]
-    random.setstate((version, tuple(np.frombuffer(internal, dtype=np.uint32).tolist()), gauss))
-    name, keys, position, has_gauss, cached = states[1]
-    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(torch.frombuffer(bytearray(states[2]), dtype=torch.uint8))
-    if device is not None and len(states) > 3:
-        state = torch.frombuffer(bytearray(states[3]), dtype=torch.uint8)
-        torch.get_device_module(device).set_rng_state(state, device)
 
 
 # ---------------------------------------------------------------------- tensors by value

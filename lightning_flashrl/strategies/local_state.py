@@ -9,6 +9,7 @@ optimizer state, the gradient scaler.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
 from lightning_flashrl.recovery.bulk import BulkWriter, Snapshot, StoredBulk, Tensors, TensorWatch
+from lightning_flashrl.recovery.random_states import capture_rng, restore_rng
 from lightning_flashrl.recovery.slot import Region
-from lightning_flashrl.recovery.snapshot import Freezer, Refusal, capture_rng, restore_rng
+from lightning_flashrl.recovery.snapshot import Freezer, Refusal
 
 if TYPE_CHECKING:
     from lightning_flashrl.strategies.position import DataPosition
@@ -56,7 +58,7 @@ _LIBRARIES = frozenset(
     {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_flashrl", "torch", "torchmetrics"}
 )
 """Their own unpicklable attributes are made anew, and no user could change that."""
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 _WRAPPER_FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
 _RESULT_FIELDS = ("value", "cumulated_batch_size", "has_reset", "_forward_cache", "_computed", "_update_count")
 
@@ -127,6 +129,7 @@ class LocalState:
         """Of buffers, frozen parameters and all that modules of callbacks hold."""
         self._frozen: dict[str, nn.Parameter] = {}
         self._uncounted: set[str] = set()
+        self._named_params: dict[int, tuple[list[nn.Parameter], list[str | nn.Parameter]]] = {}
         self._told_of_outputs = False
         self._unpicklable: list[Refusal] = []
         self._name_objects()
@@ -219,13 +222,13 @@ class LocalState:
             "rng": capture_rng(self._device),
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "groups": [
-                [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+                [{**group, "params": self._name_params(group["params"])} for group in optimizer.param_groups]
                 for optimizer in trainer.optimizers
             ],
             "requires_grad": [parameter.requires_grad for parameter in self._parameters.values()],
             "buffers": {name: written.pop(name).tensor.detach() for name in sorted(small)},
             "data": self._position.capture(),
-            "flags": {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)},
+            "flags": {name: value for name, value in vars(trainer).items() if type(value) in _PLAIN},
             "wrapper": {name: getattr(trainer.model, name) for name in _WRAPPER_FLAGS if hasattr(trainer.model, name)},
             "outputs": self._bounded(outputs),
         }
@@ -238,6 +241,15 @@ class LocalState:
             return self._bulk.pieces(region, contents, written, frozen.buffers)
 
         return Snapshot(frozen.schema, frozen.content, contents, bulk_bytes, pieces)
+
+    def _name_params(self, params: list[nn.Parameter]) -> list[str | nn.Parameter]:
+        """Names of a parameter group's members; they seldom change."""
+        known, names = self._named_params.get(id(params), ([], []))
+        if len(known) != len(params) or not all(map(operator.is_, known, params)):
+            of = {id(parameter): name for name, parameter in self._parameters.items()}
+            names = [of.get(id(parameter), parameter) for parameter in params]
+            self._named_params[id(params)] = (list(params), names)
+        return names
 
     def _bounded(self, outputs: Any) -> Any:
         """The step's outputs without tensors that are too large for the slot."""
@@ -271,6 +283,8 @@ class LocalState:
         for config, state in zip(trainer.lr_scheduler_configs, extra["schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
         for optimizer, groups in zip(trainer.optimizers, extra["groups"], strict=True):
+            for group in groups:
+                group["params"] = [self._parameters[p] if isinstance(p, str) else p for p in group["params"]]
             while len(optimizer.param_groups) < len(groups):
                 optimizer.add_param_group(groups[len(optimizer.param_groups)])
             for group, kept in zip(optimizer.param_groups, groups, strict=True):

@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
+from lightning_flashrl.recovery.random_states import capture_rng, restore_rng
 from lightning_flashrl.strategies.worker_history import WorkerHistory
 
 _SEEDED_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, BatchSampler)

@@ -46,6 +46,7 @@ from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
 from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
 from lightning_flashrl.strategies import transfer
+from lightning_flashrl.strategies.allocator import keep_freed_memory
 from lightning_flashrl.strategies.transfer import Arrival
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import PROGRAM_END, QuorumChange, RecoveryRecord
@@ -53,6 +54,7 @@ from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind,
 
 _COMMIT_BUFFERS = (Region.COMMIT_A, Region.COMMIT_B)
 _MID_BUFFERS = (Region.MID_A, Region.MID_B)
+_WITHIN_BATCH = frozenset({Phase.FORWARD, Phase.BACKWARD, Phase.ALL_REDUCE, Phase.COMMIT, Phase.OPTIMIZER_STEP})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,9 @@ class RecoveryRuntime:
         """Collectives issued before the set-up of the current fit began."""
         self.count_updates: Callable[[], int] = lambda: 0
         """Set by the session: optimizer updates committed so far, as the Trainer counts them."""
+        self.updates_inside_batch = True
+        """Set by the session: the user's step may call optimizers, so that updates are counted at every phase."""
+        self._global_step = 0
         self.is_in_backward = False
         """Set by the strategy: what is reduced now are gradients."""
         self.is_training = False
@@ -173,6 +178,7 @@ class RecoveryRuntime:
         """Connect to the supervisor and install the default process group."""
         slot, client = self.slot, self.client
         slot[Word.STATE] = RankState.SETUP
+        keep_freed_memory()
         if self.is_newcomer:
             journal = self._read_journal()
             self.communicator.start_replay(journal, is_complete=bool(self._published))
@@ -207,7 +213,7 @@ class RecoveryRuntime:
 
     def _note_seq(self, seq: int) -> None:
         self.slot[Word.SEQ_ISSUED] = seq
-        if self.is_in_backward:
+        if self.is_in_backward and self._trigger.is_armed:
             self.enter_phase(Phase.ALL_REDUCE)
             self.slot[Word.PHASE] = Phase.BACKWARD
 
@@ -225,11 +231,10 @@ class RecoveryRuntime:
 
     def enter_phase(self, phase: Phase) -> None:
         """The program begins ``phase`` of its current step."""
-        self.slot.beat_loop()
-        self.slot[Word.PHASE] = phase
-        global_step = self.count_updates()
-        self.slot[Word.GLOBAL_STEP] = global_step
-        fault = self._trigger.at(StepTag(global_step, phase))
+        if self.updates_inside_batch or phase not in _WITHIN_BATCH:
+            self._global_step = self.count_updates()
+        self.slot.begin_phase(phase, self._global_step)
+        fault = self._trigger.at(StepTag(self._global_step, phase)) if self._trigger.is_armed else None
         if fault is not None:
             self.slot.append(Region.STRUCK, str(fault).encode())
             fault.how.strike()

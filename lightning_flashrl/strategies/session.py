@@ -52,6 +52,7 @@ class FitSession:
     def __init__(self, trainer: Trainer, runtime: RecoveryRuntime) -> None:
         self.trainer = trainer
         self.runtime = runtime
+        self._module = trainer.lightning_module
         self.position = DataPosition(runtime.device)
         self.closure: Closure | None = None
         self.is_entering_after_commit = False
@@ -69,7 +70,14 @@ class FitSession:
         self._first_version = runtime.version
         """Updates before this fit (of an earlier fit of the same program)."""
         runtime.replicated = self._replicated
-        runtime.count_updates = lambda: trainer.global_step
+        runtime.count_updates = self._count_updates
+
+    def _count_updates(self) -> int:
+        """``trainer.global_step``, which is asked for at every phase of a step, without its detours."""
+        loop = self.trainer.fit_loop.epoch_loop
+        if self._module.automatic_optimization:
+            return loop.automatic_optimization.optim_progress.optimizer.step.total.completed
+        return loop.manual_optimization.optim_step_progress.total.completed
 
     # ------------------------------------------------------------------ what travels from a donor
     def _live(self) -> StateCopy:
@@ -105,6 +113,7 @@ class FitSession:
             self._state = LocalState(self.trainer, self.position)
             updates_inside = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.trainer.optimizers)
             self.resumes_at_batch = updates_inside or not self.trainer.lightning_module.automatic_optimization
+            self.runtime.updates_inside_batch = self.resumes_at_batch
             model = self.trainer.strategy.model
             self._layout = LayoutReader(model) if isinstance(model, DistributedDataParallel) else None
         if not self.runtime.must_enter:

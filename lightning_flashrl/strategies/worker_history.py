@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
+from lightning_flashrl.recovery.random_states import capture_rng, restore_rng
 
 _DRAWLESS_SAMPLERS = (SequentialSampler, DistributedSampler)
 """Draw nothing from the global generators."""

@@ -20,8 +20,6 @@ from lightning_flashrl.recovery.snapshot import (
     TENSORS_LIMIT_BYTES,
     Freezer,
     Refusal,
-    capture_rng,
-    restore_rng,
     tensor_bytes,
     tensor_from_bytes,
 )
@@ -50,34 +48,6 @@ def _frozen_and_thawed(before: Any, after: Any, extra: Any = None, **names: tupl
     sender.watch(before, "thing")
     receiver.watch(after, "thing")
     return receiver.thaw(*sender.freeze(extra))
-
-
-# ---------------------------------------------------------------------- random states
-def _draws() -> tuple[Any, ...]:
-    return (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist())
-
-
-def test_random_states_come_back_bit_for_bit() -> None:
-    outer = capture_rng()
-    random.gauss(0, 1)  # Python and NumPy keep the second of two normal numbers
-    np.random.randn()
-    states = capture_rng(torch.device("cpu"))
-    first, second = _draws(), _draws()
-    assert first != second
-    restore_rng(states, torch.device("cpu"))
-    assert (_draws(), _draws()) == (first, second)
-    restore_rng(outer)
-
-
-def test_captured_random_states_do_not_move_with_the_generators() -> None:
-    outer = capture_rng()
-    states = capture_rng()
-    first = _draws()
-    assert capture_rng() != states
-    restore_rng(states)
-    assert capture_rng() == states
-    assert _draws() == first
-    restore_rng(outer)
 
 
 # ---------------------------------------------------------------------- tensors by value

@@ -43,7 +43,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _SingleProcessDataL
 from torchmetrics import Metric
 
 from lightning_flashrl.communicator.holding import HoldingProcessGroup, HoldingWork
-from lightning_flashrl.recovery.snapshot import capture_rng
+from lightning_flashrl.recovery.random_states import capture_rng
 from lightning_flashrl.strategies import local_state
 from lightning_flashrl.strategies.ddp import FlashDDPStrategy
 from lightning_flashrl.strategies.environment import FlashLauncher

@@ -26,7 +26,7 @@ from torch.utils.data import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
+from lightning_flashrl.recovery.random_states import capture_rng, restore_rng
 from lightning_flashrl.strategies.position import DataPosition
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_flashrl.recovery.snapshot import capture_rng, restore_rng
+from lightning_flashrl.recovery.random_states import capture_rng, restore_rng
 from lightning_flashrl.strategies.worker_history import WorkerHistory
 
 CPU = torch.device("cpu")
