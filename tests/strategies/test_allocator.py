@@ -7,12 +7,18 @@ import subprocess
 import sys
 
 STEPS = """
-import resource, sys, torch
+import ctypes, resource, sys
 from lightning_flashrl.strategies.allocator import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     print(keep_freed_memory())
 def step():
-    activations = [torch.ones(200_000) for _ in range(100)]
+    blocks = [libc.malloc(800_000) for _ in range(100)]
+    for block in blocks:
+        ctypes.memset(block, 1, 800_000)
+    for block in blocks:
+        libc.free(block)
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
