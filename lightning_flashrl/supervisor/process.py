@@ -204,7 +204,7 @@ def _threads(pid: int) -> list[str]:
 def _stat(path: str) -> list[str]:
     """What the kernel says behind the name; empty when there is no such process or thread."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return []
