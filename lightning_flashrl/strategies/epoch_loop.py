@@ -6,7 +6,9 @@ shape changes. A survivor runs through them as if nothing was overridden: it nev
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -48,7 +50,7 @@ class FlashTrainingEpochLoop(_TrainingEpochLoop):
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Lightning's loop over batches, entered at its beginning or at a resume point."""
         session = self.session
-        kind = session.begin_epoch(self, data_fetcher)
+        kind, data_fetcher = session.begin_epoch(self, data_fetcher)
         if kind is None:
             self.reset()
             self.on_run_start(data_fetcher)
@@ -92,19 +94,18 @@ class FlashEvaluationLoop(_EvaluationLoop):
     def setup_data(self) -> None:
         """Make the loaders, and follow what their workers do."""
         before = self._combined_loader
+        if before is None or self._should_reload_val_dl:
+            self.session.position.begin_loaders("validation")
         super().setup_data()
         if self._combined_loader is not None and self._combined_loader is not before:
             self.session.position.follow_validation(self._combined_loader.flattened)
 
-    def setup_data_alone(self) -> None:
-        """Make the loaders in a replacement; the others made theirs in training, and have passed the collectives."""
-        strategy: Any = self.trainer.strategy
-        strategy.barrier = lambda *_, **__: None
-        strategy.reduce = lambda length, *_, **__: length  # asked whether some rank has samples
-        try:
+    def setup_data_alone(self, epoch: float) -> None:
+        """Make the loaders of ``epoch`` in a replacement; the others made theirs in training."""
+        self._combined_loader = None
+        self.session.position.recall_setup("validation")
+        with _alone(self.trainer.strategy, self.trainer.fit_loop, epoch):
             self.setup_data()
-        finally:
-            del strategy.barrier, strategy.reduce
 
     def reset(self) -> None:
         """Let workers catch up before the iterator is made."""
@@ -117,6 +118,19 @@ class FlashFitLoop(_FitLoop):
     """A fit whose ranks leave together, so that the last of them can still be replaced."""
 
     session: FitSession
+
+    def setup_data(self) -> None:
+        """Make the loaders, if there are none or this epoch has its own."""
+        if self._combined_loader is None or self._should_reload_train_dl:
+            self.session.position.begin_loaders("train")
+        super().setup_data()
+
+    def setup_data_alone(self, epoch: float) -> None:
+        """Make the loaders of ``epoch`` in a replacement; the others made theirs in training."""
+        self._combined_loader = None
+        self.session.position.recall_setup("train")
+        with _alone(self.trainer.strategy, self, epoch):
+            self.setup_data()
 
     def _load_combined_loader_states(self) -> None:
         super()._load_combined_loader_states()
@@ -134,6 +148,20 @@ class FlashFitLoop(_FitLoop):
         self.session.runtime.enter_phase(Phase.FIT_END)
         super().on_run_end()
         self.session.runtime.finish_fit()
+
+
+@contextlib.contextmanager
+def _alone(strategy: Any, fit_loop: _FitLoop, epoch: float) -> Iterator[None]:
+    """Within this context it is the beginning of ``epoch``, and collectives that the others passed are left out."""
+    completed = fit_loop.epoch_progress.current.completed
+    fit_loop.epoch_progress.current.completed = int(max(epoch, 0))
+    strategy.barrier = lambda *_, **__: None
+    strategy.reduce = lambda length, *_, **__: length  # asked whether some rank has samples
+    try:
+        yield
+    finally:
+        fit_loop.epoch_progress.current.completed = completed
+        del strategy.barrier, strategy.reduce
 
 
 def install_loops(session: FitSession, fit_loop: _FitLoop, module: LightningModule) -> None:

@@ -44,6 +44,8 @@ class DataPosition:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._rng_at_setup: dict[str, tuple[Any, ...]] = {}
+        """Random states before the loaders of training and of validation were made."""
         self._rng_at_iter: tuple[Any, ...] = ()
         self._generators: tuple[bytes, ...] = ()
         self._owned: list[Any] = []
@@ -62,6 +64,16 @@ class DataPosition:
         """Batches that the loop counts as fetched although this iterator did not give them (a resumed epoch)."""
         self._validation: list[WorkerHistory] = []
         """Of validation loaders with persistent workers."""
+
+    def begin_loaders(self, stage: str) -> None:
+        """New loaders of a stage are about to be made."""
+        self._rng_at_setup[stage] = capture_rng(self._device)
+        if stage == "train":
+            self._rng_at_iter, self._past, self._made = (), (), None
+
+    def recall_setup(self, stage: str) -> None:
+        """Set the random states to those before the loaders of a stage were made."""
+        restore_rng(self._rng_at_setup[stage], self._device)
 
     def begin_iterator(self, epoch: int, loaders: list[Any]) -> None:
         """The training iterator is about to be made: its seeds come from the random states of this moment."""
@@ -117,7 +129,7 @@ class DataPosition:
 
     def capture(self) -> tuple[Any, ...]:
         """This position as plain values."""
-        origin = (self._rng_at_iter, self._generators, self._epoch, self._past)
+        origin = (dict(self._rng_at_setup), self._rng_at_iter, self._generators, self._epoch, self._past)
         validation = tuple(history.capture() for history in self._validation)
         return (origin, dict(self._before), self._capture_owned(), self.consumed, self.offset, validation)
 
@@ -125,7 +137,8 @@ class DataPosition:
         """Take over a captured position; the iterator follows with :meth:`seek`."""
         self._made = self._made or (self._rng_at_iter, self._generators, self._epoch)
         origin, before, self._owned_now, self.consumed, self.offset, validation = captured
-        self._rng_at_iter, self._generators, self._epoch, self._past = origin
+        rng_at_setup, self._rng_at_iter, self._generators, self._epoch, self._past = origin
+        self._rng_at_setup = dict(rng_at_setup)
         self._before = dict(before)
         self._restore_owned(self._owned_now)
         for history, passes in zip(self._validation, validation, strict=False):

@@ -107,8 +107,14 @@ class FitSession:
             scaler.load_state_dict(tree["scaler"])
 
     # ------------------------------------------------------------------ the epoch loop's questions
-    def begin_epoch(self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher) -> ResumeKind | None:
-        """Called when an epoch begins. Returns where in it to enter, or ``None`` to begin at its beginning."""
+    def begin_epoch(
+        self, loop: FlashTrainingEpochLoop, fetcher: _DataFetcher
+    ) -> tuple[ResumeKind | None, _DataFetcher]:
+        """Called when an epoch begins.
+
+        Returns:
+            where in it to enter, or ``None`` to begin at its beginning; where its batches come from.
+        """
         if self._state is None:
             self._state = LocalState(self.trainer, self.position)
             updates_inside = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.trainer.optimizers)
@@ -117,14 +123,14 @@ class FitSession:
             model = self.trainer.strategy.model
             self._layout = LayoutReader(model) if isinstance(model, DistributedDataParallel) else None
         if not self.runtime.must_enter:
-            return None
+            return None, fetcher
         published = self.runtime.enter(self._receive)
         self._first_version = published.facts["first_version"]
         if self._layout is not None:
             self._layout.adopt(published.facts["layout"])
+        fetcher = self._restore(published)
         fetcher._start_profiler = loop._on_before_fetch
         fetcher._stop_profiler = loop._on_after_fetch
-        self._restore(published, fetcher)
         if published.point.kind is ResumeKind.BATCH_START:
             self.position.note_fetch()
             if self.resumes_at_batch:
@@ -132,19 +138,19 @@ class FitSession:
         elif published.point.kind is ResumeKind.BATCH_END:
             self.begin_validation(loop._should_check_val_fx(fetcher))
         self._publish_next = published.point.kind is ResumeKind.BATCH_END
-        return published.point.kind
+        return published.point.kind, fetcher
 
-    def _restore(self, published: Published, fetcher: _DataFetcher) -> None:
+    def _restore(self, published: Published) -> _DataFetcher:
         assert self._state is not None
         restore_loggers(self.trainer, published.facts.get("loggers", []))
         self.runtime.remove_later_files(published.ordinal)
-        if published.facts["has_validation_loaders"] and self.trainer.val_dataloaders is None:
-            self.trainer.fit_loop.epoch_loop.val_loop.setup_data_alone()  # type: ignore[attr-defined]
-        self._state.restore(published.schema, published.content, published.bulk)
+        self._restore_loaders(published)
+        fetcher = self.trainer.fit_loop._data_fetcher
+        assert fetcher is not None
         if published.point.kind is not ResumeKind.COMMIT:
             self.position.seek(fetcher, self.position.consumed)
             self._state.restore(published.schema, published.content, published.bulk)  # `seek` moved the random states
-            return
+            return fetcher
         # The committed batch is taken from the loader once more, for the hooks that get it. What `advance` does before
         # the batch's update is undone by restoring the state a second time.
         self.position.seek(fetcher, self.position.consumed - 1)
@@ -154,6 +160,24 @@ class FitSession:
         progress.total.ready -= 1
         self._entered, self.is_entering_after_commit = published, True
         self._suppress_batch_start()
+        return fetcher
+
+    def _restore_loaders(self, published: Published) -> None:
+        """Restore the state, and make those loaders that the set-up of this process did not make, or made otherwise."""
+        assert self._state is not None
+        fit_loop: Any = self.trainer.fit_loop
+        val_loop = fit_loop.epoch_loop.val_loop
+        made = fit_loop._last_train_dl_reload_epoch, val_loop._last_val_dl_reload_epoch
+        self._state.restore(published.schema, published.content, published.bulk)
+        wanted = fit_loop._last_train_dl_reload_epoch, val_loop._last_val_dl_reload_epoch
+        reloads = self.trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+        lacks_validation = published.facts["has_validation_loaders"] and self.trainer.val_dataloaders is None
+        if reloads and wanted[0] != made[0]:
+            fit_loop.setup_data_alone(wanted[0])
+        if lacks_validation or (reloads and wanted[1] != made[1]):
+            val_loop.setup_data_alone(wanted[1])
+        if lacks_validation or (reloads and wanted != made):
+            self._state.restore(published.schema, published.content, published.bulk)
 
     def _suppress_batch_start(self) -> None:
         """Hooks of ``on_train_batch_start`` were called by the predecessor; their effects are in the state."""

@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", default=None)
     parser.add_argument("--data", default="map", choices=["map", "iterable", "stateful"])
     parser.add_argument("--manual", action="store_true")
+    parser.add_argument("--reload", type=int, default=0, help="make the loaders anew every N epochs")
     parser.add_argument("--ddp", default="{}", help="JSON of DDP arguments")
     parser.add_argument("--feature", action="append", default=[])
     parser.add_argument("--limit-train", type=int, default=None)
@@ -113,13 +114,14 @@ class Images(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __init__(self, size: int, augment: bool) -> None:
         self.size, self.augment = size, augment
         self.generator = np.random.default_rng(RANK)
+        self.brightness = 0.0
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
-        image = torch.randn(8, 16, generator=generator)
+        image = torch.randn(8, 16, generator=generator) + self.brightness
         if self.augment:
             image = image + 0.1 * torch.randn(8, 16) + 0.1 * random.random() + 0.1 * float(np.random.rand())
             if "owngenerator" in HAS:
@@ -328,6 +330,8 @@ class Model(L.LightningModule):
             persistent = bool(args.workers) and "persist" in HAS
             return DataLoader(Stream(size), batch_size=4, num_workers=args.workers, persistent_workers=persistent)
         dataset = Images(size * int(os.environ.get("WORLD_SIZE", "1")), augment=train or "valworkers" in HAS)
+        if args.reload:
+            dataset.brightness = self.trainer.current_epoch + random.random()
         if train and args.data == "stateful":
             from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -453,6 +457,7 @@ def main() -> None:
         log_every_n_steps=1,
         num_sanity_val_steps=args.sanity,
         val_check_interval=args.val_every,
+        reload_dataloaders_every_n_epochs=args.reload,
         check_val_every_n_epoch=None if args.val_every else args.val_epochs,
         limit_train_batches=args.limit_train,
         limit_val_batches=args.limit_val,

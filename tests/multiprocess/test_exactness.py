@@ -61,6 +61,7 @@ buffers and frozen weights by hand | 2 | --feature byhand --width 64 | kill rank
 two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0:5:between | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
 iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
+loaders made anew | 2 | --reload 1 --val-every 2 --sanity 1 | kill rank=1 step=8 phase=backward;kill rank=0 step=9 phase=batch_start |
 stateful loader | 2 | --data stateful --workers 2 | kill rank=0 step=3 phase=backward |
 scaler | 2 | --precision 16-mixed --clip 0.5 --die 1:4:before_step | |
 bf16 | 2 | --precision bf16-mixed --die 0:3:optimizer | |
@@ -68,6 +69,8 @@ static graph | 2 | --ddp "{{'static_graph': True, 'bucket_cap_mb': 0.005}}" | ki
 """
 
 SLOW = f"""
+loaders made anew every other epoch | 2 | --reload 2 --epochs 4 --batches 4 --workers 2 --feature persist --feature valworkers | kill rank=1 step=14 phase=forward;kill rank=0 step=16 phase=validation count=2 |
+stateful loaders made anew | 2 | --reload 1 --epochs 3 --data stateful --workers 2 | kill rank=1 step=14 phase=backward |
 batch start | 3 | {MANY} | kill rank=1 step=6 phase=batch_start |
 batch end | 3 | {MANY} --die 1:6:batch_end | |
 validation end | 3 | {MANY} --die 1:8:validation_end | |
