@@ -113,6 +113,10 @@ class FlashDDPStrategy(DDPStrategy):
     def _setup_model(self, model: Module) -> DistributedDataParallel:
         runtime = self.runtime
         assert runtime is not None
+        if self.session is not None:
+            self.session.reduced = frozenset(
+                id(parameter) for parameter in model.parameters() if parameter.requires_grad
+            )
         device_ids = self.determine_ddp_device_ids()
         communicator = runtime.communicator
         if runtime.must_enter:

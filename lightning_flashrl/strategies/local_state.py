@@ -114,11 +114,13 @@ class LocalState:
     Args:
         trainer: set up, at the entry of its first epoch.
         position: where in the training data the rank is.
+        reduced: parameters whose gradients DDP reduces, by ``id``; ``None`` where all are.
     """
 
-    def __init__(self, trainer: Trainer, position: DataPosition) -> None:
+    def __init__(self, trainer: Trainer, position: DataPosition, reduced: frozenset[int] | None = None) -> None:
         self._trainer = trainer
         self._position = position
+        self._reduced = reduced
         self._module: LightningModule = trainer.lightning_module
         self._device: torch.device = trainer.strategy.root_device
         self._parameters = dict(self._module.named_parameters())
@@ -217,6 +219,7 @@ class LocalState:
         for name, parameter in self._frozen.items():
             if parameter.requires_grad:  # trained from now on: a donor has it, one update ahead
                 written.pop(name, None)
+                self._check_reduced(name, parameter)
         small = {name for name, found in written.items() if found.tensor.nbytes <= TensorWatch.SMALL_BYTES}
         extra = {
             "rng": capture_rng(self._device),
@@ -241,6 +244,16 @@ class LocalState:
             return self._bulk.pieces(region, contents, written, frozen.buffers)
 
         return Snapshot(frozen.schema, frozen.content, contents, bulk_bytes, pieces)
+
+    def _check_reduced(self, name: str, parameter: nn.Parameter) -> None:
+        if self._reduced is None or id(parameter) in self._reduced:
+            return
+        self._reduced |= {id(parameter)}
+        rank_zero_warn(
+            f"flash_ddp: {name.partition('.')[2]!r} was frozen when DDP wrapped the model and is trained now: DDP does "
+            "not reduce its gradient, so it differs between ranks, and a replacement gets that of its donor. Let it "
+            "require gradients until `on_train_start`, with `find_unused_parameters=True`, and freeze it there"
+        )
 
     def _name_params(self, params: list[nn.Parameter]) -> list[str | nn.Parameter]:
         """Names of a parameter group's members; they seldom change."""

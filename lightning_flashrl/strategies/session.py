@@ -55,6 +55,8 @@ class FitSession:
         self._module = trainer.lightning_module
         self.position = DataPosition(runtime.device)
         self.closure: Closure | None = None
+        self.reduced: frozenset[int] | None = None
+        """Set by the strategy: parameters whose gradients DDP reduces, by ``id``."""
         self.is_entering_after_commit = False
         self._state: LocalState | None = None
         self._publish_next = False
@@ -116,7 +118,7 @@ class FitSession:
             where in it to enter, or ``None`` to begin at its beginning; where its batches come from.
         """
         if self._state is None:
-            self._state = LocalState(self.trainer, self.position)
+            self._state = LocalState(self.trainer, self.position, self.reduced)
             updates_inside = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.trainer.optimizers)
             self.resumes_at_batch = updates_inside or not self.trainer.lightning_module.automatic_optimization
             self.runtime.updates_inside_batch = self.resumes_at_batch

@@ -207,6 +207,12 @@ class Model(L.LightningModule):
 
     def on_train_start(self) -> None:
         die("train_start", self.global_step)
+        if "unfreeze" in HAS:
+            self.deep.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if "unfreeze" in HAS and self.current_epoch == 1:
+            self.deep.requires_grad_(True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if "checkpointing" in HAS and self.training:

@@ -61,6 +61,7 @@ buffers and frozen weights by hand | 2 | --feature byhand --width 64 | kill rank
 two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0:5:between | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
 iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
+unfrozen in training | 2 | --feature unfreeze --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=4 phase=backward;kill rank=0 step=8 phase=backward |
 loaders made anew | 2 | --reload 1 --val-every 2 --sanity 1 | kill rank=1 step=8 phase=backward;kill rank=0 step=9 phase=batch_start |
 stateful loader | 2 | --data stateful --workers 2 | kill rank=0 step=3 phase=backward |
 scaler | 2 | --precision 16-mixed --clip 0.5 --die 1:4:before_step | |

@@ -74,3 +74,16 @@ def test_a_frozen_parameter_of_another_shape_stays_the_same_parameter() -> None:
     state._places = {"module.x": ({"x": parameter}, "x")}
     assert state._live("module.x", torch.float64, (2, 2)) is parameter
     assert (parameter.dtype, tuple(parameter.shape)) == (torch.float64, (2, 2))
+
+
+def test_a_parameter_that_ddp_does_not_reduce_is_named_once() -> None:
+    state, known, new = _state(), torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+    state._reduced = frozenset({id(known)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state._check_reduced("module.head.bias", known)
+    with pytest.warns(UserWarning, match=r"'body.0.weight' was frozen when DDP wrapped the model and is trained now"):
+        state._check_reduced("module.body.0.weight", new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state._check_reduced("module.body.0.weight", new)
