@@ -118,6 +118,7 @@ iterable with workers | 2 | --data iterable --workers 2 | kill rank=0 step=4 pha
 limits | 3 | --limit-train 4 --limit-val 2 | kill rank=1 step=7 phase=backward |
 max steps | 3 | --max-steps 9 | kill rank=0 step=9 phase=fit_end |
 LBFGS | 3 | --feature lbfgs | kill rank=1 step=1 phase=backward |
+wandb offline | 2 | --feature wandb | kill rank=0 step=7 phase=backward;kill rank=1 step=9 phase=backward |
 noisy CSV | 3 | --feature csv --feature noisy --die 0:6:epoch_end_late | |
 """
 
