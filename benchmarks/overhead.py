@@ -5,6 +5,9 @@ that a drift of the machine meets both. A run's figure is the median time betwee
 rank 0; the result is the ratio within each pair. Neighbours of the same kind, which stand between the pairs, show what
 cannot be resolved: their ratio should be 1.
 
+flash_ddp lets the allocator keep the memory that a step frees, and stock ddp does not: that is part of the result. With
+``--same-allocator`` both do, and what is left is the work of flash_ddp.
+
 A further run of each size times the parts of flash_ddp's own work, in microseconds a step.
 
     python benchmarks/overhead.py
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -34,6 +38,8 @@ from contention import Contention, Watch
 from launchers import Flash, JobSize, StockDDP
 from report import Spread, show
 from step_log import read_events
+
+from lightning_flashrl.strategies.allocator import KEPT_BYTES
 
 NUM_RANKS = 2
 NUM_STEPS = {"5ms": 800, "50ms": 120, "500ms": 18}
@@ -175,7 +181,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="of one run each")
     parser.add_argument("--keep-all", action="store_true", help="reject no run, whatever else the machine did")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--same-allocator", action="store_true", help="freed memory stays with both")
     arguments = parser.parse_args()
+    if arguments.same_allocator:
+        os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
     rows, runs, parts = [], [], {}
     for shape in arguments.shapes:
         if arguments.pairs:

@@ -29,8 +29,11 @@ class Job:
 
     def train(self, call: Any) -> None:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        port = self._arguments.port + 1 + call.iteration
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, init_method=f"tcp://{LOOPBACK}:{port}")
+        # Over the wrapper's own store: a further port to listen on may be taken, by a client in TIME_WAIT too. Rank 0
+        # then fails alone, and the others, who wait for it in C++, are ended by the wrapper after 90 s.
+        store = dist.TCPStore(LOOPBACK, self._arguments.port, is_master=False, wait_for_workers=False)
+        store = dist.PrefixStore(f"train_{call.iteration}", store)
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
         shape = SHAPES["recovery"]
         model = LanguageModel(shape)
         optimizer = make_optimizer(model)
