@@ -39,7 +39,7 @@ from launchers import Flash, JobSize, StockDDP
 from report import Spread, show
 from step_log import read_events
 
-from lightning_flashrl.strategies.allocator import KEPT_BYTES
+from lightning_flashrl.supervisor.allocator import KEPT_BYTES
 
 NUM_RANKS = 2
 NUM_STEPS = {"5ms": 800, "50ms": 120, "500ms": 18}

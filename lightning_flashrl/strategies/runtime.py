@@ -46,8 +46,8 @@ from lightning_flashrl.recovery.faults import Fault, FaultTrigger
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
 from lightning_flashrl.recovery.snapshot import tensor_bytes, tensor_from_bytes
 from lightning_flashrl.strategies import transfer
-from lightning_flashrl.strategies.allocator import keep_freed_memory
 from lightning_flashrl.strategies.transfer import Arrival
+from lightning_flashrl.supervisor.allocator import keep_freed_memory
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import PROGRAM_END, QuorumChange, RecoveryRecord
 from lightning_flashrl.types import Phase, RankReport, RecoveryPlan, ResumeKind, ResumePoint, StepTag

@@ -27,8 +27,9 @@ import zmq
 
 from lightning_flashrl import clock
 from lightning_flashrl.recovery.detector import DetectorSettings, Health, Look, detect
-from lightning_flashrl.recovery.slot import RankSlot, Word
+from lightning_flashrl.recovery.slot import RankSlot, RankState, Word
 from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor.allocator import anonymous_bytes
 from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.device_health import DeviceHealth, DeviceWatch
 from lightning_flashrl.supervisor.environment import RankEnvironment
@@ -46,6 +47,9 @@ from lightning_flashrl.supervisor.seat import AgentSettings, Seat, Starter
 from lightning_flashrl.types import RankReport
 
 _TICK_S = 0.1
+_WARM_S = 1.0
+_SETTLED_STEPS = 3
+"""Steps after which a rank holds what it will hold."""
 _BEAT_S = 1.0
 _MAX_UNANSWERED = 15
 """Beats, not seconds: an agent that was stopped itself does not blame the controller."""
@@ -122,6 +126,7 @@ class Agent:
         self._send(protocol.AgentHello(settings.node_rank, settings.num_ranks, socket.gethostname()))
         loop.call_every(_TICK_S, self._on_tick)
         loop.call_every(_BEAT_S, self._on_beat)
+        loop.call_every(_WARM_S, self._warm_standby)
         loop.call_later(settings.join_timeout_s, self._on_join_timeout)
 
     # ------------------------------------------------------------------ controller
@@ -467,6 +472,19 @@ class Agent:
                 seat.verdict = verdict.reason
                 seat.verdict_ms = verdict.silent_s * 1000
                 self._kill(seat)
+
+    def _warm_standby(self) -> None:
+        """Waiting processes take the memory that a rank holds; not where that belongs to a device's library."""
+        ranks = [
+            seat.process.pid
+            for seat in self._seats
+            if seat.process is not None
+            and seat.slot[Word.WATCHED_THREAD]
+            and seat.slot[Word.STATE] == RankState.TRAINING
+            and seat.slot[Word.GLOBAL_STEP] >= _SETTLED_STEPS
+        ]
+        if len(ranks) == len(self._seats):
+            self._pool.warm(max(map(anonymous_bytes, ranks)))
 
     # ------------------------------------------------------------------ stopping
     def _stop(self, order: protocol.StopAll) -> None:

@@ -20,6 +20,7 @@ from lightning_flashrl.supervisor.process import Process, spawn
 _REFILL_DELAY_S = 1.0
 """A new process is forked when the recovery that took the last one is probably over."""
 _FIRST_FILL_DELAY_S = 0.1
+_GROWTH = 1.1
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 
@@ -30,10 +31,12 @@ class Candidate:
     Attributes:
         channel: to the process; what is sent is there when it begins to listen.
         process: ``None`` until it said that it is ready.
+        warm_bytes: memory that it was told to touch.
     """
 
     channel: AgentChannel
     process: Process | None = None
+    warm_bytes: int = 0
 
 
 class StandbyPool:
@@ -218,6 +221,13 @@ class StandbyPool:
         if candidate.process.poll() is not None:
             self._loop.remove(pidfd)
             self._drop(candidate)
+
+    def warm(self, num_bytes: int) -> None:
+        """Let waiting processes touch as much memory as a rank holds, again when that has grown."""
+        for candidate in self._waiting:
+            if candidate.process is not None and num_bytes > _GROWTH * candidate.warm_bytes:
+                candidate.warm_bytes = num_bytes
+                candidate.channel.send(protocol.encode(protocol.Warm(num_bytes)))
 
     def _drop(self, candidate: Candidate) -> None:
         if candidate in self._waiting:

@@ -122,6 +122,16 @@ class Order(Message, frozen=True):
     log_path: str | None
 
 
+class Warm(Message, frozen=True):
+    """Touch memory ahead of need: for a process that waits on standby.
+
+    Attributes:
+        num_bytes: what a rank holds.
+    """
+
+    num_bytes: int
+
+
 class StoreValue(Message, frozen=True):
     """Answer to :class:`StoreGet`."""
 
@@ -338,7 +348,7 @@ class StopAll(Message, frozen=True):
 RankMessage: TypeAlias = (
     Ready | Hello | Report | Restored | StoreSet | StoreGet | CheckpointSaved | PolicySet | Raised | Finished
 )
-ToRank: TypeAlias = Order | QuorumChange | PlanReady | RecoveryRecord | AllFinished | StoreValue
+ToRank: TypeAlias = Order | Warm | QuorumChange | PlanReady | RecoveryRecord | AllFinished | StoreValue
 AgentMessage: TypeAlias = (
     AgentHello
     | AgentBeat

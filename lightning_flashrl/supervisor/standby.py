@@ -7,7 +7,8 @@
 
 The helper leaves at once, so that the kernel makes the new process a child of the agent (a subreaper): the agent waits
 for it directly, and the death of the standby does not touch any rank. The standby has one thread and never opens a
-device or a process group. Memory is shared until it is written: a waiting process costs a few MB of its own.
+device or a process group. Memory is shared until it is written. A waiting process
+takes as much memory of its own as a rank holds, so that it need not take it when it becomes one.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import gc
 import importlib
 import os
 import random
+import select
 import socket
 import sys
 
 import msgspec
 
 from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor.allocator import WarmHeap
 from lightning_flashrl.supervisor.channel import RankChannel, adopt_channel
 from lightning_flashrl.supervisor.process import die_with_parent
 from lightning_flashrl.supervisor.runner import redirect_output, run_program
@@ -31,6 +34,8 @@ FORK = b"F"
 READY = b"R"
 NOT_FORKABLE = b"T"
 """An import started a thread, or opened a device; a fork would lose the one and break the other."""
+
+_PAUSE_MS = 20
 
 
 def import_all(modules: list[str]) -> None:
@@ -85,13 +90,26 @@ def serve(control: socket.socket, agent_pid: int) -> RankChannel | None:
 
 
 def await_order(channel: RankChannel) -> protocol.Order | None:
-    """Wait until this process is told which rank to be; ``None`` means that it is not needed."""
-    while (payloads := channel.receive()) is not None:
-        for payload in payloads:
-            message = protocol.decode_to_rank(payload)
+    """Wait until this process is told which rank to be; ``None`` means that it is not needed.
+
+    Meanwhile it touches as much memory as a rank holds, in small portions with pauses: the ranks are at work.
+    """
+    heap = WarmHeap()
+    poller = select.poll()
+    poller.register(channel.fileno(), select.POLLIN)
+    while True:
+        if not poller.poll(_PAUSE_MS if heap.is_cold else None):
+            heap.touch()
+            continue
+        payloads = channel.receive()
+        if payloads is None:
+            return None
+        for message in map(protocol.decode_to_rank, payloads):
             if isinstance(message, protocol.Order):
+                heap.release()
                 return message
-    return None
+            if isinstance(message, protocol.Warm):
+                heap.grow_to(message.num_bytes)
 
 
 def take_seat(channel: RankChannel, order: protocol.Order) -> None:
