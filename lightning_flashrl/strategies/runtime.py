@@ -213,7 +213,7 @@ class RecoveryRuntime:
 
     def _note_seq(self, seq: int) -> None:
         self.slot[Word.SEQ_ISSUED] = seq
-        if self.is_in_backward and self._trigger.is_armed:
+        if self.is_in_backward:
             self.enter_phase(Phase.ALL_REDUCE)
             self.slot[Word.PHASE] = Phase.BACKWARD
 
