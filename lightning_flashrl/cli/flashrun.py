@@ -44,6 +44,7 @@ from lightning_flashrl.supervisor.environment import RankEnvironment, slot_regio
 from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.preload import core_modules, scan_program
+from lightning_flashrl.supervisor.process import die_with_parent
 from lightning_flashrl.supervisor.seat import AgentSettings
 from lightning_flashrl.supervisor.security import JobKeys
 from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
@@ -385,6 +386,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
+    launcher_pid = os.environ.pop("FLASHRL_LAUNCHER_PID", None)
+    if launcher_pid is not None and launcher_pid == str(os.getppid()):
+        die_with_parent(int(launcher_pid))  # `python train.py` was killed: its ranks go with it
     try:
         return run(parse_arguments(argv))
     except ConfigurationError as error:

@@ -62,6 +62,8 @@ class BufferPool:
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy ``tensor`` into a buffer of the pool."""
+        if tensor.layout is not torch.strided:  # a sparse gradient has another size each time
+            return tensor.detach().clone()
         free = self._free.get((tensor.shape, tensor.dtype, tensor.device))
         if free:
             buffer = free.pop()
@@ -72,6 +74,8 @@ class BufferPool:
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Return a buffer that :meth:`save` handed out and nobody needs any more."""
+        if buffer.layout is not torch.strided:
+            return
         if self._bytes + buffer.nbytes <= self._max_bytes:
             self._free.setdefault((buffer.shape, buffer.dtype, buffer.device), []).append(buffer)
             self._bytes += buffer.nbytes

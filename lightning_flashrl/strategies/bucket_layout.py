@@ -87,7 +87,7 @@ class LayoutReader:
             handle.remove()
         self._handles.clear()
         self.layout = layout
-        if layout.num_passes and _rebuilds(self._ddp):
+        if layout.num_passes and layout.order and _rebuilds(self._ddp):  # passes within `no_sync` leave no order
             _lead_through(self._ddp, layout)
 
 
@@ -162,22 +162,35 @@ def _arrive(ddp: DistributedDataParallel, order: tuple[int, ...]) -> None:
     Only the last arrival goes through autograd, which the reducer wants to be told of the end by; a parameter without
     gradient counts as zero, so the others cost no arithmetic.
     """
+    parameters, sparse = _parameters(ddp), _with_sparse_gradients(ddp)
     for index in order[:-1]:
+        if id(parameters[index]) in sparse:  # the reducer wants one to be there
+            parameters[index].grad = _sparse_zeros(parameters[index])
         ddp.reducer._autograd_hook(index)  # type: ignore[attr-defined]
-    parameter = _parameters(ddp)[order[-1]]
+    parameter = parameters[order[-1]]
     with torch.enable_grad():
-        _ZeroGradient.apply(parameter).backward()  # type: ignore[no-untyped-call]
+        _ZeroGradient.apply(parameter, id(parameter) in sparse).backward()  # type: ignore[no-untyped-call]
+
+
+def _with_sparse_gradients(ddp: DistributedDataParallel) -> set[int]:
+    modules = (module for module in ddp.module.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+    return {id(module.weight) for module in modules if module.sparse}
+
+
+def _sparse_zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter.detach(), layout=torch.sparse_coo)
 
 
 class _ZeroGradient(torch.autograd.Function):
     """A scalar whose gradient is zero; the values of the parameter are not read."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, parameter: torch.Tensor, is_sparse: bool) -> torch.Tensor:
         ctx.save_for_backward(parameter)
+        ctx.is_sparse = is_sparse
         return torch.zeros((), device=parameter.device)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> torch.Tensor:
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor, None]:
         (parameter,) = ctx.saved_tensors
-        return torch.zeros_like(parameter)
+        return _sparse_zeros(parameter) if ctx.is_sparse else torch.zeros_like(parameter), None

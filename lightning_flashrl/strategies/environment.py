@@ -93,7 +93,10 @@ def _take_over_sigterm(trainer: Trainer) -> None:
     connector = trainer._signal_connector
 
     def note(signum: int, _: Any) -> None:
-        connector.received_sigterm = True
+        if trainer.world_size > 1:
+            connector.has_noted_sigterm = True  # type: ignore[attr-defined]
+        else:
+            connector.received_sigterm = True  # nobody to agree with
 
     connector._sigterm_notifier_fn = note  # type: ignore[method-assign]
 
@@ -218,7 +221,7 @@ class FlashLauncher(_Launcher):
 
     def _run_ranks(self) -> int:
         """Start ``flashrun`` in this process's place and return its exit code; signals are passed on."""
-        self._child = subprocess.Popen(self._command())
+        self._child = subprocess.Popen(self._command(), env=os.environ | {"FLASHRL_LAUNCHER_PID": str(os.getpid())})
         previous = {
             number: signal.signal(number, lambda signum, _: self.kill(signum))
             for number in (signal.SIGINT, signal.SIGTERM)

@@ -80,9 +80,11 @@ class FlashTrainingEpochLoop(_TrainingEpochLoop):
         super().on_run_start(data_fetcher)
 
     def _broadcast_sigterm_tensor(self) -> None:
+        connector = self.trainer._signal_connector
         if self.session.runtime.stop_version is not None:
+            connector.received_sigterm = True
             raise SIGTERMException
-        if self.trainer.received_sigterm:
+        if getattr(connector, "has_noted_sigterm", False):
             self.session.runtime.request_stop()
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
@@ -54,6 +54,11 @@ _LOOP_REFERENCES = frozenset(
     {"trainer", "_combined_loader", "_data_fetcher", "_data_source", "_warning_cache", "epoch_loop", "val_loop"}
     | {"automatic_optimization", "manual_optimization", "_logger_connector"}
 )
+_RICH_INTERNALS = frozenset(
+    {"progress", "_progress_stopped", "_metric_component"}
+    | {f"{stage}_progress_bar_id" for stage in ("train", "val_sanity", "val", "test", "predict")}
+)
+"""They name bars of a display that a replacement makes anew."""
 _LIBRARIES = frozenset(
     {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_flashrl", "torch", "torchmetrics"}
 )
@@ -181,7 +186,8 @@ class LocalState:
         if trainer.datamodule is not None:  # type: ignore[attr-defined]
             freezer.watch(trainer.datamodule, "datamodule", {"trainer", *_LIGHTNING_INTERNALS})  # type: ignore[attr-defined]
         for index, callback in enumerate(trainer.callbacks):  # type: ignore[attr-defined]
-            freezer.watch(callback, ("callback", index), {"_fs"})
+            of_display = _RICH_INTERNALS if isinstance(callback, RichProgressBar) else frozenset()
+            freezer.watch(callback, ("callback", index), {"_fs", *of_display})
             for key, tree in _module_trees(callback, self._module):
                 self._watch_tree(tree, f"callback{index}.{key}")
 
@@ -234,6 +240,7 @@ class LocalState:
             "flags": {name: value for name, value in vars(trainer).items() if type(value) in _PLAIN},
             "wrapper": {name: getattr(trainer.model, name) for name in _WRAPPER_FLAGS if hasattr(trainer.model, name)},
             "outputs": self._bounded(outputs),
+            "gradients": self._gradients(),
         }
         frozen = self._freezer.freeze(extra)
         if self._unpicklable:
@@ -244,6 +251,13 @@ class LocalState:
             return self._bulk.pieces(region, contents, written, frozen.buffers)
 
         return Snapshot(frozen.schema, frozen.content, contents, bulk_bytes, pieces)
+
+    def _gradients(self) -> dict[str, torch.Tensor] | None:
+        """What manual optimisation may have accumulated and not yet used."""
+        if self._module.automatic_optimization:
+            return None
+        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
+        return {name: grad for name, grad in gradients.items() if grad is not None and grad.layout is torch.strided}
 
     def _check_reduced(self, name: str, parameter: nn.Parameter) -> None:
         if self._reduced is None or id(parameter) in self._reduced:
@@ -304,6 +318,9 @@ class LocalState:
                 group.update(kept)
         for parameter, requires_grad in zip(self._parameters.values(), extra["requires_grad"], strict=True):
             parameter.requires_grad_(requires_grad)
+        if extra["gradients"] is not None:
+            for name, parameter in self._parameters.items():
+                parameter.grad = extra["gradients"].get(name)
         with torch.no_grad():
             for name, value in extra["buffers"].items():
                 self._live(name, value.dtype, tuple(value.shape)).copy_(value)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from torch.utils.data import (
     BatchSampler,
@@ -52,8 +52,10 @@ class DataPosition:
         """Generators that loaders, samplers and data sets hold."""
         self._owned_now: tuple[bytes, ...] = ()
         self._loads_here = False
+        self._lengths: frozenset[int] = frozenset()
+        """Of loaders that begin again before the longest has ended: each draws its seeds anew then."""
         self._before: dict[int, tuple[Any, ...]] = {}
-        """Random states before the first and the last two batches were asked for."""
+        """Random states before the first and the last two batches were asked for, and at each loader's last begin."""
         self._epoch = 0
         self._past: tuple[tuple[Any, ...], ...] = ()
         """Earlier epochs of loaders whose workers live on, and their random states with them."""
@@ -89,10 +91,11 @@ class DataPosition:
 
     def note_fetch(self) -> None:
         """A batch is about to be asked for."""
-        if self._loads_here:
+        begins = {self.consumed - self.consumed % length for length in self._lengths}
+        if self._loads_here or self.consumed in begins:
             self._before[self.consumed] = (capture_rng(self._device), self._capture_owned())
-            if self.consumed > 2:
-                self._before.pop(self.consumed - 2, None)
+            kept = {0, self.consumed - 1, self.consumed, *begins}
+            self._before = {number: states for number, states in self._before.items() if number in kept}
         self.consumed += 1
 
     def recall_fetch(self) -> None:
@@ -108,6 +111,8 @@ class DataPosition:
     def _find(self, loaders: list[Any]) -> None:
         self._owned = list(_generators(loaders))
         self._loads_here = any(not getattr(loader, "num_workers", 0) for loader in loaders)
+        lengths = [length for loader in loaders if (length := sized_len(loader))]
+        self._lengths = frozenset(lengths) - ({max(lengths)} if len(lengths) == len(loaders) else set())
 
     def _capture_owned(self) -> tuple[bytes, ...]:
         return tuple(_state_of(generator) for generator in self._owned)

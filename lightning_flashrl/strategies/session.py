@@ -86,7 +86,7 @@ class FitSession:
         trainer = self.trainer
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         tree = {
-            "optimizers": optimizer_tree(trainer.optimizers),
+            "optimizers": optimizer_tree(trainer.optimizers, trainer.lightning_module),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         return StateCopy(list(trainer.lightning_module.parameters()), tree)
@@ -103,7 +103,7 @@ class FitSession:
     def _receive(self, arrival: Arrival) -> None:
         trainer = self.trainer
         tree = arrival.finish(list(trainer.lightning_module.parameters()))
-        load_optimizer_tree(trainer.optimizers, tree["optimizers"])
+        load_optimizer_tree(trainer.optimizers, tree["optimizers"], trainer.lightning_module)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and tree["scaler"]:
             scaler.load_state_dict(tree["scaler"])

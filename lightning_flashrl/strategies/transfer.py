@@ -294,22 +294,37 @@ class Arrival:
                     target.copy_(buffer)
 
 
-def optimizer_tree(optimizers: Iterable[torch.optim.Optimizer]) -> list[dict[int, Any]]:
-    """State of each optimizer, by position of the parameter in its groups."""
-    trees: list[dict[int, Any]] = []
-    for optimizer in optimizers:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        trees.append({i: dict(optimizer.state[p]) for i, p in enumerate(parameters) if p in optimizer.state})
-    return trees
+def _keyed_parameters(
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module | None
+) -> list[tuple[int | str, torch.nn.Parameter]]:
+    """Parameters of an optimizer: the module's by name, as groups may be added in training; others by position."""
+    names = {} if module is None else {id(p): name for name, p in module.named_parameters()}
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [(names.get(id(p), index), p) for index, p in enumerate(parameters)]
 
 
-def load_optimizer_tree(optimizers: Iterable[torch.optim.Optimizer], trees: list[dict[int, Any]]) -> None:
-    """Inverse of :func:`optimizer_tree`."""
+def optimizer_tree(
+    optimizers: Iterable[torch.optim.Optimizer], module: torch.nn.Module | None = None
+) -> list[dict[int | str, Any]]:
+    """State of each optimizer, by name of the parameter in the module, or by its position in the groups."""
+    return [
+        {key: dict(optimizer.state[p]) for key, p in _keyed_parameters(optimizer, module) if p in optimizer.state}
+        for optimizer in optimizers
+    ]
+
+
+def load_optimizer_tree(
+    optimizers: Iterable[torch.optim.Optimizer],
+    trees: list[dict[int | str, Any]],
+    module: torch.nn.Module | None = None,
+) -> None:
+    """Inverse of :func:`optimizer_tree`; a parameter may belong to a group that this optimizer has yet to get."""
+    named = {} if module is None else dict(module.named_parameters())
     for optimizer, tree in zip(optimizers, trees, strict=True):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters: dict[int | str, torch.nn.Parameter] = dict(_keyed_parameters(optimizer, module))
         optimizer.state.clear()
-        for index, state in tree.items():
-            optimizer.state[parameters[index]] = state
+        for key, state in tree.items():
+            optimizer.state[named[key] if isinstance(key, str) else parameters[key]] = state
 
 
 def copy_tree(tree: Any) -> Any:

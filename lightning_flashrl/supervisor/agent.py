@@ -167,6 +167,7 @@ class Agent:
     def _on_beat(self) -> None:
         if self.is_done:
             return
+        self._pool.end_if_stopped()
         self._send(protocol.AgentBeat())
         self._num_unanswered += 1
         if self._launch is not None and not self._is_stopping and self._num_unanswered > _MAX_UNANSWERED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -151,6 +152,11 @@ class StandbyPool:
             self._tell(f"the standby process cannot be used ({status}); ranks are started cold")
             self._attempts = []
             self._settle()
+
+    def end_if_stopped(self) -> None:
+        """Kill a standby that a signal has stopped: ranks that it was to fork are then started cold."""
+        if self._process is not None and self._process.is_stopped():
+            self._process.send_signal(signal.SIGKILL)
 
     def _settle(self) -> None:
         callbacks, self._when_settled = self._when_settled, []

@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lightning.pytorch.callbacks import (  # noqa: E402
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    RichProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -65,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sanity", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=None)
     parser.add_argument("--resume", default=None)
-    parser.add_argument("--data", default="map", choices=["map", "iterable", "stateful"])
+    parser.add_argument("--data", default="map", choices=["map", "iterable", "stateful", "combined"])
     parser.add_argument("--manual", action="store_true")
     parser.add_argument("--reload", type=int, default=0, help="make the loaders anew every N epochs")
     parser.add_argument("--ddp", default="{}", help="JSON of DDP arguments")
@@ -183,6 +185,8 @@ class Model(L.LightningModule):
         self.head = nn.Linear(width, 10)
         if "unused" in HAS or "lopsided" in HAS:
             self.extra = nn.Linear(width, 10)
+        if "sparse" in HAS:
+            self.codes = nn.Embedding(16, width, sparse=True)
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
         self.losses: list[torch.Tensor] = []
         self.seen = 0
@@ -213,12 +217,16 @@ class Model(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         if "unfreeze" in HAS and self.current_epoch == 1:
             self.deep.requires_grad_(True)
+            if "addgroup" in HAS:
+                self.optimizers().optimizer.add_param_group({"params": list(self.deep.parameters()), "lr": 1e-2})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if "checkpointing" in HAS and self.training:
             hidden = checkpoint(self.deep, self.body(x), use_reentrant=False).mean(1)
         else:
             hidden = self.deep(self.body(x)).mean(1)
+        if "sparse" in HAS:
+            hidden = hidden + self.codes((x[:, 0, :4].abs() * 4).long().clamp(max=15)).mean(1)
         if "unused" in HAS and self.training and (self.seen // 4 + RANK) % 2 == 0:
             return self.extra(hidden)
         if "lopsided" in HAS and RANK == 0:
@@ -227,7 +235,9 @@ class Model(L.LightningModule):
 
     def training_step(self, batch: Any, index: int) -> Any:
         die("forward", self.global_step)
-        x, y = batch
+        x, y = batch["long"] if args.data == "combined" else batch
+        if args.data == "combined":
+            x = x + 0.1 * batch["short"][0]
         self.seen += len(y)
         if args.manual:
             return self._manual_step(x, y)
@@ -255,6 +265,15 @@ class Model(L.LightningModule):
         optimizers = self.optimizers()
         first, second = (optimizers, None) if "single" in HAS else optimizers
         loss = nn.functional.cross_entropy(self(x), y)
+        if "collects" in HAS:
+            self.losses.append(loss.detach())
+            # gradients of three batches, reduced with the last
+            with nullcontext() if self.seen % 12 == 0 else self.trainer.model.no_sync():
+                self.manual_backward(loss)
+            if self.seen % 12 == 0:
+                first.step()
+                first.zero_grad()
+            return
         first.zero_grad()
         self.manual_backward(loss)
         first.step()
@@ -319,10 +338,15 @@ class Model(L.LightningModule):
         if "lbfgs" in HAS:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
         critic = list(self.critic.parameters()) if hasattr(self, "critic") else []
+        if "sparse" in HAS:
+            return torch.optim.SGD(self.parameters(), 1e-2)
         body = list(self.body.parameters())
-        others = {id(p) for p in [*critic, *body]}
+        later = list(self.deep.parameters()) if "addgroup" in HAS else []
+        others = {id(p) for p in [*critic, *body, *later]}
         rest = [p for p in self.parameters() if id(p) not in others]
         optimizer = DyingAdamW([{"params": body}, {"params": rest}], lr=1e-3)
+        if "addgroup" in HAS:
+            return optimizer
         if args.manual:
             return [optimizer, torch.optim.SGD(critic, 1e-2, 0.9)] if critic else optimizer
         if "plateau" in HAS:
@@ -332,6 +356,8 @@ class Model(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _loader(self, size: int, train: bool) -> Any:
+        if train and args.data == "combined":
+            return {"long": DataLoader(Images(size, augment=True), 4, shuffle=True), "short": self._short_loader()}
         if train and args.data == "iterable":
             persistent = bool(args.workers) and "persist" in HAS
             return DataLoader(Stream(size), batch_size=4, num_workers=args.workers, persistent_workers=persistent)
@@ -345,6 +371,9 @@ class Model(L.LightningModule):
         workers = args.workers if train or "valworkers" in HAS else 0
         persistent = bool(workers) and "persist" in HAS
         return DataLoader(dataset, batch_size=4, shuffle=train, num_workers=workers, persistent_workers=persistent)
+
+    def _short_loader(self) -> Any:
+        return DataLoader(Images(8, augment=False), batch_size=4, shuffle=True)
 
     def train_dataloader(self) -> Any:
         return self._loader(4 * args.batches, train=True)
@@ -425,6 +454,8 @@ def main() -> None:
         callbacks.append(ModelCheckpoint(out / "best", monitor="val_loss", save_top_k=1))
     if "earlystop" in HAS:
         callbacks.append(EarlyStopping("val_loss", patience=50))
+    if "rich" in HAS:
+        callbacks.append(RichProgressBar())
     if "stops" in HAS:
         callbacks.append(EarlyStopping("val_loss", patience=1, min_delta=10.0))
     if "noisy" in HAS:
@@ -464,11 +495,12 @@ def main() -> None:
         num_sanity_val_steps=args.sanity,
         val_check_interval=args.val_every,
         reload_dataloaders_every_n_epochs=args.reload,
+        use_distributed_sampler=args.data != "combined",
         check_val_every_n_epoch=None if args.val_every else args.val_epochs,
         limit_train_batches=args.limit_train,
         limit_val_batches=args.limit_val,
         enable_checkpointing=bool(args.checkpoint_every) or "best" in HAS,
-        enable_progress_bar="bar" in HAS,
+        enable_progress_bar="bar" in HAS or "rich" in HAS,
         enable_model_summary=False,
         default_root_dir=out,
     )

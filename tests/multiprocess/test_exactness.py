@@ -62,6 +62,11 @@ two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
 iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
 unfrozen in training | 2 | --feature unfreeze --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=4 phase=backward;kill rank=0 step=8 phase=backward |
+group added in training | 2 | --feature unfreeze --feature addgroup --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=8 phase=backward |
+gradients collected by hand | 2 | --manual --feature single --feature collects | kill rank=1 step=1 phase=forward count=2;kill rank=0 step=2 phase=forward count=3 |
+sparse gradients | 2 | --feature sparse | kill rank=1 step=4 phase=backward |
+loaders of two lengths | 2 | --data combined --batches 10 --epochs 1 | kill rank=1 step=7 phase=backward |
+rich progress bar | 2 | --feature rich --sanity 1 --val-every 3 | kill rank=0 step=7 phase=backward |
 loaders made anew | 2 | --reload 1 --val-every 2 --sanity 1 | kill rank=1 step=8 phase=backward;kill rank=0 step=9 phase=batch_start |
 stateful loader | 2 | --data stateful --workers 2 | kill rank=0 step=3 phase=backward |
 scaler | 2 | --precision 16-mixed --clip 0.5 --die 1:4:before_step | |
