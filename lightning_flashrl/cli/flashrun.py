@@ -34,6 +34,14 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
+from lightning_flashrl.cli.values import (
+    check_faults,
+    check_log_dir,
+    check_numbers,
+    check_program,
+    read_join_timeout,
+    read_ranks,
+)
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.recovery.detector import DetectorSettings
 from lightning_flashrl.recovery.slot import RankSlot
@@ -85,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--restart-window", type=float, default=None, metavar="S", help="seconds, 3600 unless given")
     add("--monitor-interval", type=float, default=0.1, help="accepted; the end of a process is seen at once")
     add("--start-method", default="spawn", help="accepted")
-    add("--role", default="default", help="accepted")
+    add("--role", default="default", help="ROLE_NAME of the ranks")
     add("--local-addr", default=None, help="accepted")
     add("--log-dir", default=None, metavar="DIR", help="keep the output of all ranks and recovery.jsonl")
     add("-r", "--redirects", default="0", help="keep output off the terminal, as for torchrun")
@@ -94,6 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("-m", "--module", action="store_true", help="the program is a module, as for python -m")
     add("--no-python", action="store_true", help="the program is any command")
     add("--run-path", action="store_true", help="accepted")
+    for name in ("--event-log-handler", "--logs-specs", "--signals-to-handle", "--shutdown-timeout"):
+        add(name, default=None, help="accepted")
+    for name in ("--duplicate-stdout-filters", "--duplicate-stderr-filters"):
+        add(name, default=None, help="accepted; nothing is duplicated")
     add("--standby", type=int, default=1, metavar="N", help="processes that wait to replace a rank; 0 starts them cold")
     add(
         "--hang-timeout", type=float, default=None, metavar="S", help="take a rank without progress for hung after this"
@@ -110,7 +122,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for action in parser._actions:
         value = os.environ.get(f"PET_{action.dest.upper()}")
         if value is not None and action.option_strings and action.nargs != 0:
-            action.default = value if action.type is None else action.type(value)  # type: ignore[operator]
+            try:
+                action.default = value if action.type is None else action.type(value)  # type: ignore[operator]
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"PET_{action.dest.upper()}={value!r} is no number; set or unset it"
+                ) from error
     return parser.parse_args(argv)
 
 
@@ -294,8 +311,7 @@ def _agent_settings(arguments: argparse.Namespace, place: Place, num_ranks: int,
     teed = parse_streams(arguments.tee, num_ranks)
     shown = {r for r in range(num_ranks) if teed[r] or not redirected[r]}
     if arguments.local_ranks_filter:
-        shown &= {int(part) for part in arguments.local_ranks_filter.split(",")}
-    conf = dict(pair.partition("=")[::2] for pair in arguments.rdzv_conf.split(",") if pair)
+        shown &= read_ranks(arguments.local_ranks_filter)
     hang_timeout_s = arguments.hang_timeout
     return AgentSettings(
         argv=(arguments.program, *arguments.arguments),
@@ -307,7 +323,7 @@ def _agent_settings(arguments: argparse.Namespace, place: Place, num_ranks: int,
         show_ranks=frozenset(shown),
         detector=DetectorSettings() if hang_timeout_s is None else DetectorSettings.exactly(hang_timeout_s),
         is_detector_fixed=hang_timeout_s is not None,
-        join_timeout_s=float(conf.get("join_timeout", 600.0)),
+        join_timeout_s=read_join_timeout(arguments.rdzv_conf),
     )
 
 
@@ -321,6 +337,10 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigurationError: flags that cannot work.
     """
+    check_numbers(arguments)
+    check_program(arguments)
+    chaos = chaos_lines(arguments.chaos)
+    check_faults(chaos)
     place = find_place(arguments)
     num_ranks = count_ranks(str(arguments.nproc_per_node))
     run_id = arguments.rdzv_id
@@ -328,6 +348,7 @@ def run(arguments: argparse.Namespace) -> int:
     wants_log = arguments.redirects != "0" or arguments.tee != "0"
     log_dir = arguments.log_dir or (os.path.join("flashrun_logs", run_id) if wants_log else None)
     log_dir = None if log_dir is None else os.path.abspath(log_dir)
+    check_log_dir(log_dir)
     settings = _agent_settings(arguments, place, num_ranks, log_dir)
     program = scan_program(arguments.program, is_module=arguments.module)
     region_bytes = slot_region_bytes()
@@ -340,7 +361,8 @@ def run(arguments: argparse.Namespace) -> int:
         slot_fds=[slot.fd for slot in slots],
         region_bytes=region_bytes,
         log_dir=log_dir,
-        chaos=chaos_lines(arguments.chaos),
+        chaos=chaos,
+        role=arguments.role,
     )
     job = JobSettings(
         num_nodes=place.num_nodes,

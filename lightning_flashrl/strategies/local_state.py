@@ -139,6 +139,7 @@ class LocalState:
         self._named_params: dict[int, tuple[list[nn.Parameter], list[str | nn.Parameter]]] = {}
         self._told_of_outputs = False
         self._unpicklable: list[Refusal] = []
+        self._structure = self._names_of_parts()
         self._name_objects()
         self._watch = TensorWatch(self._places, self._uncounted)
         self._bulk = BulkWriter()
@@ -258,6 +259,23 @@ class LocalState:
             return None
         gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         return {name: grad for name, grad in gradients.items() if grad is not None and grad.layout is torch.strided}
+
+    def _names_of_parts(self) -> set[str]:
+        module = self._module
+        return {name for name, _ in module.named_modules()} | {name for name, _ in module.named_parameters()}
+
+    def check_structure(self) -> None:
+        """Warn, once, of submodules and parameters that were added or removed since training began."""
+        names = self._names_of_parts()
+        changed = sorted(names ^ self._structure)
+        if not changed:
+            return
+        self._structure = names
+        rank_zero_warn(
+            f"flash_ddp: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}: added to the model, or removed from "
+            "it, in training; a replacement has the parts that its own start makes, so a rank that is lost from now on "
+            "may not come back, or not exactly. Make them in `__init__` or `configure_model`"
+        )
 
     def _check_reduced(self, name: str, parameter: nn.Parameter) -> None:
         if self._reduced is None or id(parameter) in self._reduced:

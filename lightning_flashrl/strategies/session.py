@@ -248,6 +248,8 @@ class FitSession:
         if not (will_validate or loop._num_ready_batches_reached() or loop.done):
             return
         self._publish_next = True
+        assert self._state is not None
+        self._state.check_structure()
         if loop._should_accumulate():
             return
         batch = loop.batch_progress.total.ready

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.recovery.slot import Region
 from lightning_flashrl.supervisor.protocol import Launch
 
@@ -32,7 +33,10 @@ def slot_region_bytes() -> int:
     Memory is used only for what is written. Only a limit on the size of files, which counts these as well, lowers it.
     """
     if "FLASHRL_SLOT_MB" in os.environ:
-        return int(os.environ["FLASHRL_SLOT_MB"]) << 20
+        text = os.environ["FLASHRL_SLOT_MB"]
+        if not text.isdecimal() or int(text) == 0:
+            raise ConfigurationError(f"FLASHRL_SLOT_MB={text!r}: give a number of megabytes, or unset it")
+        return int(text) << 20
     capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MOST_OF_MEMORY
     largest_file, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if largest_file != resource.RLIM_INFINITY:
@@ -52,6 +56,7 @@ class RankEnvironment:
         slot_fds: descriptor of each local rank's slot, by local rank.
         region_bytes: capacity of each region of a slot.
         log_dir: where logs are kept.
+        role: of torchrun's ``--role``.
         chaos: fault specifications for the ranks to parse.
     """
 
@@ -62,6 +67,7 @@ class RankEnvironment:
     slot_fds: Sequence[int]
     region_bytes: int
     log_dir: str | None = None
+    role: str = "default"
     chaos: Sequence[str] = ()
 
     def common(self, launch: Launch) -> dict[str, str]:
@@ -73,7 +79,7 @@ class RankEnvironment:
             "GROUP_RANK": str(launch.node_rank),
             "GROUP_WORLD_SIZE": str(self.num_nodes),
             "NODE_RANK": str(launch.node_rank),
-            "ROLE_NAME": "default",
+            "ROLE_NAME": self.role,
             "ROLE_WORLD_SIZE": str(launch.world_size),
             "MASTER_ADDR": launch.master_addr,
             "MASTER_PORT": str(launch.master_port),

@@ -116,9 +116,40 @@ def test_a_job_on_several_hosts_needs_a_secret(monkeypatch: pytest.MonkeyPatch) 
     assert job_keys(far, "id") == job_keys(far, "other")
 
 
-def test_a_wrong_setting_is_one_line_and_status_2(capfd: pytest.CaptureFixture[str]) -> None:
-    assert flashrun.main(["--nproc-per-node", "0", "train.py"]) == 2
-    assert capfd.readouterr().err.startswith("[flashrun] error: --nproc-per-node '0' is neither")
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--nproc-per-node 0 SCRIPT", "--nproc-per-node '0' is neither"),
+        ("--hang-timeout -3 SCRIPT", "--hang-timeout -3: give a number of seconds above 0"),
+        ("--hang-timeout nan SCRIPT", "--hang-timeout nan: give"),
+        ("--restart-window 0 SCRIPT", "--restart-window 0: give"),
+        ("--standby -2 SCRIPT", "--standby -2: give 0 or a positive number"),
+        ("--max-restarts -1 SCRIPT", "--max-restarts -1: give 0"),
+        ("--master-port 99999 SCRIPT", "--master-port 99999: ports are"),
+        ("--chaos nonsense SCRIPT", "fault 'nonsense' cannot be read; write"),
+        ("--rdzv-conf join_timeout=x SCRIPT", "--rdzv-conf join_timeout=x: give a number"),
+        ("--local-ranks-filter x SCRIPT", "--local-ranks-filter 'x': give local ranks"),
+        ("--log-dir /proc/nowhere SCRIPT", "--log-dir /proc/nowhere cannot be made"),
+        ("nowhere.py", "no such script: nowhere.py; give its path, -m for a module"),
+        ("--no-python no-such-command", "--no-python no-such-command: no such command"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_status_2(capfd: pytest.CaptureFixture[str], line: str, text: str) -> None:
+    assert flashrun.main([__file__ if word == "SCRIPT" else word for word in line.split()]) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith(f"[flashrun] error: {text}")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PET_NODE_RANK", "x"), ("FLASHRL_SLOT_MB", "abc"), ("FLASHRL_SLOT_MB", "-1")]
+)
+def test_a_wrong_variable_is_one_line_and_status_2(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert flashrun.main([__file__]) == 2
+    assert capfd.readouterr().err.startswith(f"[flashrun] error: {name}={value!r}")
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class Module(train.Model):
             die(f"fit{fit_number}")
             if WHERE == "raise" and train.RANK in VICTIMS:
                 raise ValueError("the user's own mistake")
+        if os.environ.get("PROGRAM_ENDLESS"):
+            (Path(os.environ["PROGRAM_OUT"]) / f"trains{train.RANK}").touch()
+            time.sleep(0.5)
         return super().training_step(batch, index)
 
     def test_step(self, batch: Any, index: int) -> None:
@@ -90,7 +94,7 @@ def main() -> None:
         L.Trainer(max_epochs=1, **settings).fit(module)
         die("between")
     fit_number = 1
-    trainer = L.Trainer(max_epochs=1, **settings)
+    trainer = L.Trainer(max_epochs=1 if not os.environ.get("PROGRAM_ENDLESS") else -1, **settings)
     trainer.fit(module)
     with pause_hang_detection():
         die("after")

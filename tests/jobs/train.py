@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import json
 import logging
@@ -94,6 +95,8 @@ def die(hook: str, step: int) -> None:
         if (RANK, step, hook, INCARNATION) == (int(rank), int(at), where, int(incarnation)):
             if how == "oom":
                 run_out_of_memory()
+            elif how == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
             elif how == "raise":
                 raise ValueError(f"the user's own mistake in {hook}")
             else:
@@ -505,6 +508,8 @@ def main() -> None:
         default_root_dir=out,
     )
     module = Model()
+    if "stopped" in HAS:
+        atexit.register(lambda: (out / f"stopped.{RANK}").write_text(str(trainer.global_step)))
     trainer.fit(module, ckpt_path=args.resume, weights_only=False)
     (out / f"digest{RANK}.json").write_text(json.dumps(digest(module, trainer), indent=1, sort_keys=True))
     if args.strategy == "ddp":  # a thread of gloo that outlives the interpreter may end the process by SIGABRT

@@ -182,6 +182,14 @@ def test_ends_like_ddp_without_faults(tmp_path: Path, case: Case) -> None:
 
 
 @pytest.mark.timeout(400)
+def test_a_rank_that_is_told_to_end_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    run = run_flash(tmp_path / "run", 3, "--feature", "stopped", "--die", "1:4:forward:sigterm")
+    assert run.returncode == 0, run.output
+    assert "is replaced" not in run.output
+    stopped = {int(path.suffix[1:]): path.read_text() for path in (tmp_path / "run").glob("stopped.*")}
+    assert stopped == dict.fromkeys(range(3), "6")
+
+
 def test_resumed_from_a_checkpoint_and_killed(tmp_path: Path) -> None:
     first = run_flash(tmp_path / "first", 2, "--checkpoint-every", "4", "--max-steps", "6")
     assert first.returncode == 0, first.output

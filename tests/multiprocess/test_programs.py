@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 PROGRAM = Path(__file__).parents[1] / "jobs" / "program.py"
@@ -62,6 +64,36 @@ def test_a_program_with_a_kill_ends_like_one_without(
     assert returncode == 0, output
     assert "killed by SIGKILL" in output
     assert results == expected
+
+
+def test_the_job_dies_with_the_program_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    marker = f"PROGRAM_OUT={tmp_path / 'out'}"
+    environment = os.environ | {"PROGRAM_OUT": str(tmp_path / "out"), "PROGRAM_ENDLESS": "1", "OMP_NUM_THREADS": "1"}
+    program = subprocess.Popen([sys.executable, str(PROGRAM)], env=environment, stdout=subprocess.DEVNULL)
+
+    def family() -> list[int]:
+        return [process.pid for process in psutil.process_iter() if _has_variable(process, marker)]
+
+    deadline_s = time.monotonic() + 60
+    while not (tmp_path / "out" / "trains1").exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    assert len(family()) >= 4
+    program.kill()
+    program.wait()
+    deadline_s = time.monotonic() + 10
+    while left := family():
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.1)
+
+
+def _has_variable(process: psutil.Process, marker: str) -> bool:
+    try:
+        name, _, value = marker.partition("=")
+        return process.environ().get(name) == value and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def test_callbacks_hear_of_a_recovery(tmp_path: Path) -> None:

@@ -87,3 +87,20 @@ def test_a_parameter_that_ddp_does_not_reduce_is_named_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state._check_reduced("module.body.0.weight", new)
+
+
+def test_parts_that_are_added_in_training_are_named_once() -> None:
+    state = _state()
+    state._module = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    state._structure = state._names_of_parts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state.check_structure()
+    torch.nn.utils.parametrize.register_parametrization(state._module[0], "weight", torch.nn.Identity())
+    with pytest.warns(
+        UserWarning, match=r"0.parametrizations, .*: added to the model, or removed from it, in training"
+    ):
+        state.check_structure()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state.check_structure()
