@@ -49,6 +49,27 @@ print(faults() - before)
 """
 
 
+COPIES = """
+import os
+data = bytearray(64 << 20)
+heap = WarmHeap()
+read, write = os.pipe()
+if os.fork() == 0:
+    from lightning_flashrl.supervisor.allocator import anonymous_bytes
+    heap.grow_to(anonymous_bytes("self") + int(sys.argv[1]))
+    while heap.is_cold:
+        heap.touch()
+    before = faults()
+    for place in range(0, len(data), 4096):
+        data[place] = 1
+    os.write(write, str(faults() - before).encode())
+    os._exit(0)
+os.wait()
+assert data[0] == 0
+print(os.read(read, 100).decode())
+"""
+
+
 def _run(program: str, argument: str, **environ: str) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", PRELUDE + program, argument]
@@ -73,3 +94,9 @@ def test_a_first_step_finds_the_memory_that_was_touched_ahead_of_need() -> None:
     assert faults < 100
     _, unprepared = map(int, _run(STANDBY, "0"))
     assert unprepared > 10_000
+
+
+def test_a_forked_process_has_copies_of_its_own_before_it_writes() -> None:
+    (shared,), (own,) = _run(COPIES, "0"), _run(COPIES, str(16 << 20))
+    assert int(shared) > 10_000
+    assert int(own) < 100
