@@ -47,7 +47,7 @@ from lightning_flashrl.supervisor.seat import AgentSettings, Seat, Starter
 from lightning_flashrl.types import RankReport
 
 _TICK_S = 0.1
-_WARM_S = 1.0
+_WARM_S = 0.5
 _SETTLED_STEPS = 3
 """Steps after which a rank holds what it will hold."""
 _BEAT_S = 1.0

@@ -7,7 +7,7 @@ them anew: a few hundred to a thousand page faults a step, about a microsecond e
 A replacement pays more: parameters, optimizer state, gradients and buckets are all memory that its process has never
 touched, and a page that the host must find for a virtual machine costs several microseconds. A process on standby has
 nothing else to do, so it touches as much as a rank holds, and frees it: its program then gets it from the allocator.
-Before that it takes copies of its own of the pages that it shares with the process that it was forked from.
+Then it takes copies of its own of the pages that it shares with the process that it was forked from.
 
 Source: mallopt(3), ``M_TRIM_THRESHOLD``, ``M_MMAP_THRESHOLD`` and ``M_ARENA_MAX``; madvise(2), ``MADV_POPULATE_WRITE``.
 """
@@ -94,11 +94,15 @@ class WarmHeap:
     @property
     def is_cold(self) -> bool:
         """Whether there is more to touch."""
-        return bool(self._shared) or len(self._blocks) * _BLOCK_BYTES < self._wanted_bytes
+        return bool(self._shared) or self._num_bytes < self._wanted_bytes
+
+    @property
+    def _num_bytes(self) -> int:
+        return len(self._blocks) * _BLOCK_BYTES
 
     def grow_to(self, num_bytes: int) -> None:
         """Want the process to hold that much, together with what it holds anyway."""
-        own_bytes = anonymous_bytes("self") - len(self._blocks) * _BLOCK_BYTES
+        own_bytes = anonymous_bytes("self") - self._num_bytes
         wanted_bytes = min(num_bytes - own_bytes, self.MAX_BYTES, _available_bytes() // 4)
         if wanted_bytes > self._wanted_bytes + _BLOCK_BYTES and keep_freed_memory(2 * wanted_bytes):
             ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)  # other threads of the program use the same memory
@@ -107,9 +111,9 @@ class WarmHeap:
                 self._shared = _written_ranges()
 
     def touch(self) -> None:
-        """Copy, or take, one block."""
+        """Take one block, or copy one."""
         libc = ctypes.CDLL(None)
-        if self._shared:
+        if self._num_bytes >= self._wanted_bytes and self._shared:
             start, size = self._shared.pop()
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _POPULATE_WRITE)  # before Linux 5.14: nothing
             return

@@ -35,7 +35,7 @@ READY = b"R"
 NOT_FORKABLE = b"T"
 """An import started a thread, or opened a device; a fork would lose the one and break the other."""
 
-_PAUSE_MS = 20
+_PAUSE_MS = 10
 
 
 def import_all(modules: list[str]) -> None:
