@@ -49,6 +49,10 @@ def tensor_from_bytes(
     return tensor if device == "cpu" else tensor.to(device)
 
 
+def _sparse(indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...], is_coalesced: bool) -> torch.Tensor:
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=False)
+
+
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
@@ -200,6 +204,9 @@ class Freezer:
         name = self._names.get(id(tensor))
         if name is not None:
             return (_named, (name,))
+        if tensor.layout is torch.sparse_coo:
+            parts = tensor.detach()._indices(), tensor.detach()._values()
+            return (_sparse, (*parts, tuple(tensor.shape), tensor.is_coalesced()))
         content: Any
         if tensor.nbytes >= LARGE_BYTES:
             content = pickle.PickleBuffer(bytes_of(tensor))

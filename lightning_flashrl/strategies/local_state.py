@@ -258,7 +258,7 @@ class LocalState:
         if self._module.automatic_optimization:
             return None
         gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
-        return {name: grad for name, grad in gradients.items() if grad is not None and grad.layout is torch.strided}
+        return {name: grad for name, grad in gradients.items() if grad is not None}
 
     def _names_of_parts(self) -> set[str]:
         module = self._module

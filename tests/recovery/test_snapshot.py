@@ -297,6 +297,18 @@ def _make_nested() -> _Nested:
     return _Nested()
 
 
+def test_sparse_tensors_come_back_as_they_are() -> None:
+    twice = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.rand(3, 2), (4, 2), check_invariants=False)
+    sender, receiver, after = Freezer(), Freezer(), Thing()
+    sender.watch(Thing(twice=twice, once=twice.coalesce()), "thing")
+    receiver.watch(after, "thing")
+    receiver.thaw(*sender.freeze())
+    assert torch.equal(after.twice._indices(), twice._indices())
+    assert torch.equal(after.twice._values(), twice._values())
+    assert not after.twice.is_coalesced()
+    assert after.once.is_coalesced()
+
+
 # ---------------------------------------------------------------------- large tensors
 def test_large_tensors_and_arrays_stay_outside_the_pickle_and_are_not_copied() -> None:
     tensor, array = torch.zeros(LARGE_BYTES // 4), np.zeros(LARGE_BYTES)
