@@ -110,6 +110,6 @@ def test_any_command_can_be_a_rank(start) -> None:
 
 
 def test_nobody_writes_to_a_missing_program(start) -> None:
-    job = start("no_such_program.py")
+    job = start("-m", "no_such_module")
     assert job.wait() == 1
-    assert "FileNotFoundError" in job.err
+    assert "No module named 'no_such_module'" in job.err
