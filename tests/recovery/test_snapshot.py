@@ -298,7 +298,7 @@ def _make_nested() -> _Nested:
 
 
 def test_sparse_tensors_come_back_as_they_are() -> None:
-    twice = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.rand(3, 2), (4, 2), check_invariants=False)
+    twice = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.rand(3, 2), (4, 2), check_invariants=True)
     sender, receiver, after = Freezer(), Freezer(), Thing()
     sender.watch(Thing(twice=twice, once=twice.coalesce()), "thing")
     receiver.watch(after, "thing")
