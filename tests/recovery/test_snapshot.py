@@ -297,6 +297,7 @@ def _make_nested() -> _Nested:
     return _Nested()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11 warns although it is told
 def test_sparse_tensors_come_back_as_they_are() -> None:
     twice = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.rand(3, 2), (4, 2), check_invariants=True)
     sender, receiver, after = Freezer(), Freezer(), Thing()
