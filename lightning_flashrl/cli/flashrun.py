@@ -35,7 +35,6 @@ import msgspec
 import zmq
 
 from lightning_flashrl.cli.values import (
-    check_faults,
     check_log_dir,
     check_numbers,
     check_program,
@@ -44,6 +43,7 @@ from lightning_flashrl.cli.values import (
 )
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.recovery.detector import DetectorSettings
+from lightning_flashrl.recovery.faults import Fault
 from lightning_flashrl.recovery.slot import RankSlot
 from lightning_flashrl.supervisor.agent import Agent
 from lightning_flashrl.supervisor.controller import JobSettings
@@ -195,7 +195,7 @@ def chaos_lines(flags: Sequence[str]) -> tuple[str, ...]:
     """Faults of ``FLASHRL_CHAOS`` (a JSON list; for programs that start their own ranks), then those of the flags.
 
     Raises:
-        ConfigurationError: the variable holds something else.
+        ConfigurationError: the variable holds something else, or a line cannot be read.
     """
     text = os.environ.get(CHAOS_VARIABLE, "[]")
     try:
@@ -204,6 +204,8 @@ def chaos_lines(flags: Sequence[str]) -> tuple[str, ...]:
         raise ConfigurationError(
             f"{CHAOS_VARIABLE}={text!r} is not a JSON list of faults; write '[\"kill rank=1 step=33\"]'"
         ) from error
+    for line in (*lines, *flags):
+        Fault.parse(line)
     return (*lines, *flags)
 
 
@@ -339,8 +341,6 @@ def run(arguments: argparse.Namespace) -> int:
     """
     check_numbers(arguments)
     check_program(arguments)
-    chaos = chaos_lines(arguments.chaos)
-    check_faults(chaos)
     place = find_place(arguments)
     num_ranks = count_ranks(str(arguments.nproc_per_node))
     run_id = arguments.rdzv_id
@@ -351,7 +351,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_log_dir(log_dir)
     settings = _agent_settings(arguments, place, num_ranks, log_dir)
     program = scan_program(arguments.program, is_module=arguments.module)
-    region_bytes = slot_region_bytes()
+    region_bytes, chaos = slot_region_bytes(), chaos_lines(arguments.chaos)
     slots = [RankSlot(RankSlot.create(local_rank, region_bytes), region_bytes) for local_rank in range(num_ranks)]
     environment = RankEnvironment(
         base=os.environ,

@@ -8,7 +8,6 @@ import os
 import shutil
 
 from lightning_flashrl.errors import ConfigurationError
-from lightning_flashrl.recovery.faults import Fault
 
 _JOIN_TIMEOUT_S = 600.0
 
@@ -28,16 +27,6 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise ConfigurationError(f"{flag} {count}: give 0 or a positive number")
     if arguments.master_port is not None and not 0 <= arguments.master_port < 1 << 16:
         raise ConfigurationError(f"--master-port {arguments.master_port}: ports are numbers below {1 << 16}")
-
-
-def check_faults(lines: tuple[str, ...]) -> None:
-    """Refuse faults on purpose that cannot be read.
-
-    Raises:
-        ConfigurationError: one of them.
-    """
-    for line in lines:
-        Fault.parse(line)
 
 
 def check_program(arguments: argparse.Namespace) -> None:

@@ -295,17 +295,15 @@ class Arrival:
 
 
 def _keyed_parameters(
-    optimizer: torch.optim.Optimizer, module: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module
 ) -> list[tuple[int | str, torch.nn.Parameter]]:
     """Parameters of an optimizer: the module's by name, as groups may be added in training; others by position."""
-    names = {} if module is None else {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in module.named_parameters()}
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return [(names.get(id(p), index), p) for index, p in enumerate(parameters)]
 
 
-def optimizer_tree(
-    optimizers: Iterable[torch.optim.Optimizer], module: torch.nn.Module | None = None
-) -> list[dict[int | str, Any]]:
+def optimizer_tree(optimizers: Iterable[torch.optim.Optimizer], module: torch.nn.Module) -> list[dict[int | str, Any]]:
     """State of each optimizer, by name of the parameter in the module, or by its position in the groups."""
     return [
         {key: dict(optimizer.state[p]) for key, p in _keyed_parameters(optimizer, module) if p in optimizer.state}
@@ -316,10 +314,10 @@ def optimizer_tree(
 def load_optimizer_tree(
     optimizers: Iterable[torch.optim.Optimizer],
     trees: list[dict[int | str, Any]],
-    module: torch.nn.Module | None = None,
+    module: torch.nn.Module,
 ) -> None:
     """Inverse of :func:`optimizer_tree`; a parameter may belong to a group that this optimizer has yet to get."""
-    named = {} if module is None else dict(module.named_parameters())
+    named = dict(module.named_parameters())
     for optimizer, tree in zip(optimizers, trees, strict=True):
         parameters: dict[int | str, torch.nn.Parameter] = dict(_keyed_parameters(optimizer, module))
         optimizer.state.clear()

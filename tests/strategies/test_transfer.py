@@ -270,14 +270,14 @@ def test_an_optimizer_goes_on_with_the_state_of_the_donors(make: Any) -> None:
     inputs = torch.randn(8, 3)
     for _ in range(3):
         _step(models[0], optimizers[0], inputs)
-    tree = {"optimizers": optimizer_tree([optimizers[0]])}
+    tree = {"optimizers": optimizer_tree([optimizers[0]], models[0])}
     received = _over_the_wire(tree, list(models[0].parameters()), list(models[1].parameters()))
-    load_optimizer_tree([optimizers[1]], received["optimizers"])
+    load_optimizer_tree([optimizers[1]], received["optimizers"], models[1])
     for _ in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
             _step(model, optimizer, inputs)
     assert _is_same([p.detach() for p in models[0].parameters()], [p.detach() for p in models[1].parameters()])
-    assert _is_same(optimizer_tree([optimizers[0]]), optimizer_tree([optimizers[1]]))
+    assert _is_same(optimizer_tree([optimizers[0]], models[0]), optimizer_tree([optimizers[1]], models[1]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device beside the host")
@@ -305,9 +305,19 @@ def test_state_of_parameters_that_were_never_stepped_stays_away() -> None:
     theirs = torch.optim.Adam([{"params": [frozen]}, {"params": [stepped]}])
     stepped.grad = torch.ones(2)
     theirs.step()
-    assert list(optimizer_tree([theirs])[0]) == [1]
+    alone = torch.nn.Module()  # the parameters are nobody's
+    assert list(optimizer_tree([theirs], alone)[0]) == [1]
     ours = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = torch.optim.Adam([{"params": [ours[0]]}, {"params": [ours[1]]}])
-    load_optimizer_tree([optimizer], _over_the_wire(optimizer_tree([theirs])))
+    load_optimizer_tree([optimizer], _over_the_wire(optimizer_tree([theirs], alone)), alone)
     assert ours[0] not in optimizer.state
     assert _is_same(dict(optimizer.state[ours[1]]), dict(theirs.state[stepped]))
+
+
+def test_state_of_a_group_that_was_added_in_training_is_there_before_the_group() -> None:
+    theirs, ours = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)) for _ in range(2))
+    optimizers = [torch.optim.Adam(model[1].parameters()) for model in (theirs, ours)]
+    optimizers[0].add_param_group({"params": list(theirs[0].parameters())})
+    _step(theirs, optimizers[0], torch.ones(4, 2))
+    load_optimizer_tree([optimizers[1]], _over_the_wire(optimizer_tree([optimizers[0]], theirs)), ours)
+    assert _is_same(dict(optimizers[1].state[ours[0].weight]), dict(optimizers[0].state[theirs[0].weight]))
