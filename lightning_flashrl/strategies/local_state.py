@@ -273,8 +273,8 @@ class LocalState:
         self._structure = names
         shown = ", ".join(changed[:5]) + (" …" if len(changed) > 5 else "")
         rank_zero_warn(
-            f"flash_ddp: {shown}: added to the model, or removed from it, in training; a replacement has the parts that "
-            "its own start makes, so a rank that is lost from now on may not come back, or not exactly. Make them in "
+            f"flash_ddp: {shown}: added to the model, or removed from it, in training; a replacement has the parts "
+            "that its own start makes, so a rank that is lost now may not come back, or not exactly. Make them in "
             "`__init__` or `configure_model`"
         )
 
