@@ -121,12 +121,15 @@ def test_the_standby_may_hang(start, expected_total) -> None:
     job = start("--nproc-per-node", 2, FLASH, "--steps", 200, "--step-s", 0.03, "--fault", "1:150:SIGKILL")
     job.until("start 0 incarnation 0")
     ranks = {int(pid) for pid in re.findall(r"pid (\d+)", job.out)}
-    time.sleep(0.5)  # also a process on standby is there by then
-    victims = [pid for pid, command in job.pids().items() if "standby" in command and pid not in ranks]
+    victims: list[int] = []
+    deadline = time.monotonic() + 20
+    while len(victims) != 2:  # the standby and the process that waits; the one that forks it leaves at once
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        victims = [pid for pid, command in job.pids().items() if "standby" in command and pid not in ranks]
     for pid in victims:
         os.kill(pid, signal.SIGSTOP)
     assert job.wait() == 0
-    assert len(victims) == 2
     assert job.finals() == dict.fromkeys(range(2), expected_total(2, 200))
     assert "the standby process ended" in job.err
 
