@@ -42,7 +42,7 @@ def redirect_output(log_path: str | None) -> None:
         os.close(fd)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True)
+            stream.reconfigure(line_buffering=True, write_through=False)  # under `python -u`, too
 
 
 def run_program(argv: Sequence[str], *, is_module: bool) -> None:

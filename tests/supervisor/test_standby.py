@@ -36,6 +36,14 @@ def test_a_module_sees_itself_as_under_python(start, standby: int) -> None:
 
 
 @pytest.mark.parametrize("standby", [0, 1])
+def test_lines_of_ranks_do_not_mix_without_buffering_either(start, monkeypatch, standby: int) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    job = start("--standby", standby, "--nproc-per-node", 2, PROGRAMS / "plain.py", "lines")
+    assert job.wait() == 0
+    assert sorted(job.out.splitlines()) == sorted(f"line {n} of rank {rank}" for n in range(300) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("standby", [0, 1])
 def test_ranks_get_the_variables_of_torchrun(start, standby: int) -> None:
     job = start("--standby", standby, "--nproc-per-node", 2, "--rdzv-id", "name", PROGRAMS / "plain.py", "environment")
     assert job.wait() == 0

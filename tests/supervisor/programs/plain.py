@@ -19,6 +19,9 @@ def main() -> None:
                 if n.endswith(("RANK", "WORLD_SIZE")) or n.startswith(("TORCHEL", "MASTER", "OMP"))
             ]
             print(json.dumps({n: os.environ[n] for n in names}), flush=True)
+        case "lines":
+            for number in range(300):
+                print(f"line {number} of rank {rank}")
         case "arguments":
             print(json.dumps({"argv": sys.argv, "name": __name__, "path": sys.path[0], "file": __file__}), flush=True)
         case "exit":
