@@ -32,11 +32,11 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
+from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.controller import JobSettings
-from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.protocol import Failure, LostRank
-from lightning_flashrl.supervisor.security import JobKeys
 from lightning_flashrl.supervisor.service import ControllerService, free_port
 from lightning_flashrl.types import RankReport, ResumeKind, ResumePoint
 

@@ -3,21 +3,39 @@
 ::
 
     FlashRLError
-    ├── ConfigurationError (ValueError)      change a setting; never retried
+    ├── ConfigurationError (ValueError)      change a setting or an argument; never retried
+    │   ├── UnknownFieldError
+    │   └── UnknownTaskError
     ├── TransientError                       retry or plan again
     │   ├── RankLostError
-    │   └── RendezvousTimeoutError (TimeoutError)
-    └── FatalError                           stop the run, keep the evidence
-        ├── NoDonorError
-        ├── RecoveryBudgetExhaustedError
-        ├── ReplayMismatchError
-        ├── SnapshotTooLargeError
-        └── UserCodeError
+    │   ├── RendezvousTimeoutError (TimeoutError)
+    │   ├── QueueUnavailableError (ConnectionError)
+    │   ├── LeaseLostError
+    │   └── WouldBlock                       nothing was done; it may be possible later
+    │       ├── LeaseTimeoutError (TimeoutError)
+    │       └── QueueFullError (TimeoutError)
+    ├── SampleError                          drop this sample, count it, go on
+    │   ├── SchemaMismatchError (ValueError)
+    │   ├── DuplicateRowError (ValueError)
+    │   └── UnknownRowError (LookupError)
+    ├── FatalError                           stop the run, keep the evidence
+    │   ├── NoDonorError
+    │   ├── RecoveryBudgetExhaustedError
+    │   ├── ReplayMismatchError
+    │   ├── SnapshotTooLargeError
+    │   └── UserCodeError
+    ├── EndOfStream                          the normal end for who reads
+    └── QueueClosedError                     a write after the end
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+
+def _listed(values: tuple[Any, ...], limit: int = 8) -> str:
+    shown = ", ".join(map(str, values[:limit]))
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"
 
 
 class FlashRLError(Exception):
@@ -36,6 +54,30 @@ class FlashRLError(Exception):
 
 class ConfigurationError(FlashRLError, ValueError):
     """A setting is wrong; the text names it, its value and what to set instead."""
+
+
+class UnknownFieldError(ConfigurationError):
+    """A field name that the schema does not have."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(name, known)
+        self.name = name
+        self.known = known
+
+    def __str__(self) -> str:
+        return f"unknown field {self.name!r}; the schema has {_listed(self.known)}"
+
+
+class UnknownTaskError(ConfigurationError):
+    """A task name that the queue was not made with."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(name, known)
+        self.name = name
+        self.known = known
+
+    def __str__(self) -> str:
+        return f"unknown task {self.name!r}; the queue was made with tasks={{{_listed(self.known)}}}"
 
 
 class TransientError(FlashRLError):
@@ -69,6 +111,145 @@ class RendezvousTimeoutError(TransientError, TimeoutError):
             f"{self.num_arrived} of {self.num_expected} ranks arrived within {self.timeout_s:g} s; check that the "
             f"missing hosts reach {self.endpoint}, or raise rendezvous_timeout_s"
         )
+
+
+class QueueUnavailableError(TransientError, ConnectionError):
+    """The queue's server or one of its storage units does not answer."""
+
+    def __init__(self, endpoint: str, waited_s: float, doing: str) -> None:
+        super().__init__(endpoint, waited_s, doing)
+        self.endpoint = endpoint
+        self.waited_s = waited_s
+        self.doing = doing
+
+    def __str__(self) -> str:
+        return (
+            f"{self.endpoint} did not answer within {self.waited_s:g} s ({self.doing}); check that the process is "
+            "alive, that this host reaches it, and that both have the same secret"
+        )
+
+
+class LeaseLostError(TransientError):
+    """A lease is not (any more) the caller's: expired, over, or of somebody else. Its rows are with others now."""
+
+    def __init__(self, lease_id: int, task: str, reason: str) -> None:
+        super().__init__(lease_id, task, reason)
+        self.lease_id = lease_id
+        self.task = task
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"lease {self.lease_id:x} of task {self.task!r} {self.reason}; nothing was committed: lease again, and "
+            "renew a lease (or raise lease_timeout_s) that is worked on for longer"
+        )
+
+
+class WouldBlock(TransientError):  # noqa: N818 - the name that anyio and trio users know
+    """Not possible at this moment without waiting; nothing was done."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}; try again later, or give timeout_s"
+
+
+class LeaseTimeoutError(WouldBlock, TimeoutError):
+    """The rows that were asked for did not become ready in time."""
+
+    def __init__(self, task: str, timeout_s: float, num_ready: int, wanted: str) -> None:
+        FlashRLError.__init__(self, task, timeout_s, num_ready, wanted)
+        self.task = task
+        self.timeout_s = timeout_s
+        self.num_ready = num_ready
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task!r} waited {self.timeout_s:g} s for {self.wanted} and {self.num_ready} row(s) are ready; "
+            "check that the fields it needs are written, or ask for fewer"
+        )
+
+
+class QueueFullError(WouldBlock, TimeoutError):
+    """There was no room for new rows in time."""
+
+    def __init__(self, timeout_s: float, num_rows: int, max_rows: int, num_bytes: int, max_bytes: int) -> None:
+        FlashRLError.__init__(self, timeout_s, num_rows, max_rows, num_bytes, max_bytes)
+        self.timeout_s = timeout_s
+        self.num_rows = num_rows
+        self.max_rows = max_rows
+        self.num_bytes = num_bytes
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        max_rows, max_bytes = self.max_rows or "any number of", self.max_bytes or "any number of"
+        return (
+            f"no room for new rows within {self.timeout_s:g} s: {self.num_rows} of {max_rows} rows and "
+            f"{self.num_bytes} of {max_bytes} bytes are taken; commit or clear rows, or raise max_rows and max_bytes"
+        )
+
+
+class SampleError(FlashRLError):
+    """Something is wrong with these samples; the caller drops and counts them, and goes on."""
+
+
+class SchemaMismatchError(SampleError, ValueError):
+    """Data that is not what its field says. Nothing of the call was stored."""
+
+    def __init__(self, field: str, fact: str, remedy: str) -> None:
+        FlashRLError.__init__(self, field, fact, remedy)
+        self.field = field
+        self.fact = fact
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"field {self.field!r}: {self.fact}; {self.remedy}"
+
+
+class DuplicateRowError(SampleError, ValueError):
+    """A row twice in one call, or a field of a row that has been written before. Nothing of the call was stored."""
+
+    def __init__(self, rows: tuple[int, ...], fact: str) -> None:
+        FlashRLError.__init__(self, rows, fact)
+        self.rows = rows
+        self.fact = fact
+
+    def __str__(self) -> str:
+        return f"row(s) {_listed(self.rows)} {self.fact}; write each field of a row once"
+
+
+class UnknownRowError(SampleError, LookupError):
+    """Rows that were never put, or have been cleared. Nothing of the call was done."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        FlashRLError.__init__(self, rows)
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return (
+            f"row(s) {_listed(self.rows)} are not in the queue: never put, or cleared; use the rows that put returned"
+        )
+
+
+class EndOfStream(FlashRLError):  # noqa: N818 - the name that anyio and trio users know
+    """The queue is closed and this task has seen all its rows: the normal end."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(task)
+        self.task = task
+
+    def __str__(self) -> str:
+        return f"the queue is closed and task {self.task!r} has committed all its rows"
+
+
+class QueueClosedError(FlashRLError):
+    """New rows were put after ``close()``."""
+
+    def __str__(self) -> str:
+        return "the queue is closed for new rows; close() it after the last put"
 
 
 class FatalError(FlashRLError):

@@ -11,16 +11,29 @@ import pytest
 from lightning_flashrl import errors
 from lightning_flashrl.errors import (
     ConfigurationError,
+    DuplicateRowError,
+    EndOfStream,
     FatalError,
     FlashRLError,
+    LeaseLostError,
+    LeaseTimeoutError,
     NoDonorError,
+    QueueClosedError,
+    QueueFullError,
+    QueueUnavailableError,
     RankLostError,
     RecoveryBudgetExhaustedError,
     RendezvousTimeoutError,
     ReplayMismatchError,
+    SampleError,
+    SchemaMismatchError,
     SnapshotTooLargeError,
     TransientError,
+    UnknownFieldError,
+    UnknownRowError,
+    UnknownTaskError,
     UserCodeError,
+    WouldBlock,
 )
 
 EXAMPLES: list[tuple[FlashRLError, list[str]]] = [
@@ -37,6 +50,19 @@ EXAMPLES: list[tuple[FlashRLError, list[str]]] = [
     (ReplayMismatchError(41, "all_reduce(8)", "broadcast(4)"), ["41", "all_reduce(8)", "broadcast(4)"]),
     (SnapshotTooLargeError(2048, 1024), ["2048", "1024"]),
     (UserCodeError(1, "ZeroDivisionError: division by zero"), ["rank 1", "ZeroDivisionError: division by zero"]),
+    (UnknownFieldError("promt", ("prompt", "reward")), ["'promt'", "prompt, reward"]),
+    (UnknownTaskError("update", ("rollout",)), ["'update'", "rollout"]),
+    (QueueUnavailableError("tcp://10.0.0.1:7000", 10.0, "put"), ["tcp://10.0.0.1:7000", "10 s", "put"]),
+    (LeaseLostError(255, "update", "ran out after 5 s"), ["ff", "'update'", "ran out after 5 s"]),
+    (WouldBlock("nothing is ready"), ["nothing is ready"]),
+    (LeaseTimeoutError("update", 2.5, 7, "32 row(s)"), ["'update'", "2.5 s", "7 row(s)", "32 row(s)"]),
+    (QueueFullError(0.0, 8, 8, 100, 0), ["0 s", "8 of 8 rows", "100 of any number of bytes"]),
+    (SampleError("drop it"), ["drop it"]),
+    (SchemaMismatchError("reward", "1 of 2 values are NaN", "look"), ["'reward'", "1 of 2 values are NaN", "look"]),
+    (DuplicateRowError((3, 4), "stand twice in one call"), ["3, 4", "stand twice"]),
+    (UnknownRowError(tuple(range(20))), ["0, 1, 2", "and 12 more"]),
+    (EndOfStream("update"), ["'update'"]),
+    (QueueClosedError(), ["closed for new rows"]),
 ]
 
 
@@ -74,7 +100,17 @@ def test_pickling_keeps_type_text_and_attributes(error: FlashRLError, protocol: 
 
 
 @pytest.mark.parametrize(
-    ("error", "standard"), [(EXAMPLES[1][0], ValueError), (EXAMPLES[4][0], TimeoutError)], ids=["setting", "time-out"]
+    ("error", "standard"),
+    [
+        (ConfigurationError("x"), ValueError),
+        (RendezvousTimeoutError(1, 2, 3.0, "x"), TimeoutError),
+        (LeaseTimeoutError("t", 1.0, 0, "1 row(s)"), TimeoutError),
+        (QueueFullError(0.0, 1, 1, 1, 1), TimeoutError),
+        (QueueUnavailableError("x", 1.0, "put"), ConnectionError),
+        (SchemaMismatchError("x", "y", "z"), ValueError),
+        (UnknownRowError((1,)), LookupError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_standard_handlers_catch_them(error: FlashRLError, standard: type[Exception]) -> None:
     assert isinstance(error, standard)

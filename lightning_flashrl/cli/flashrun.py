@@ -42,6 +42,8 @@ from lightning_flashrl.cli.values import (
     read_ranks,
 )
 from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.recovery.detector import DetectorSettings
 from lightning_flashrl.recovery.faults import Fault
 from lightning_flashrl.recovery.slot import RankSlot
@@ -49,12 +51,10 @@ from lightning_flashrl.supervisor.agent import Agent
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.device_health import find_device_health
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
-from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.preload import core_modules, scan_program
 from lightning_flashrl.supervisor.process import die_with_parent
 from lightning_flashrl.supervisor.seat import AgentSettings
-from lightning_flashrl.supervisor.security import JobKeys
 from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
 
 SECRET_VARIABLE = "FLASHRL_JOB_SECRET"

@@ -26,6 +26,7 @@ import msgspec
 import zmq
 
 from lightning_flashrl import clock
+from lightning_flashrl.messaging.loop import EventLoop, Timer
 from lightning_flashrl.recovery.detector import DetectorSettings, Health, Look, detect
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Word
 from lightning_flashrl.supervisor import protocol
@@ -33,7 +34,6 @@ from lightning_flashrl.supervisor.allocator import anonymous_bytes
 from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.device_health import DeviceHealth, DeviceWatch
 from lightning_flashrl.supervisor.environment import RankEnvironment
-from lightning_flashrl.supervisor.loop import EventLoop, Timer
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.process import (
     ExitStatus,

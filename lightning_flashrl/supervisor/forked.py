@@ -45,12 +45,12 @@ from typing import BinaryIO, NoReturn, TextIO
 import zmq
 
 from lightning_flashrl.errors import FatalError
+from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.recovery.slot import Heartbeat, RankSlot
 from lightning_flashrl.supervisor.agent import Agent
 from lightning_flashrl.supervisor.channel import AgentChannel, RankChannel
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
-from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.pool import Candidate, StandbyPool
 from lightning_flashrl.supervisor.process import Process, die_with_parent
 from lightning_flashrl.supervisor.runner import run_reported

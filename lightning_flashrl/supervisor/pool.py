@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.supervisor import protocol, standby
 from lightning_flashrl.supervisor.channel import AgentChannel
-from lightning_flashrl.supervisor.loop import EventLoop
 from lightning_flashrl.supervisor.process import Process, spawn
 
 _REFILL_DELAY_S = 1.0

@@ -11,10 +11,10 @@ import zmq
 
 from lightning_flashrl import clock
 from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.controller import Action, Controller, JobSettings, JobState, Keep, Send, Tell
-from lightning_flashrl.supervisor.loop import EventLoop
-from lightning_flashrl.supervisor.security import DoorKeeper, JobKeys
 
 LOCAL_ENDPOINT = "inproc://flashrl-controller"
 """How the agent in the controller's own process reaches it; there is no port that others could use."""

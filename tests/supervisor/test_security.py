@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.controller import JobSettings
-from lightning_flashrl.supervisor.loop import EventLoop
-from lightning_flashrl.supervisor.security import JobKeys
 from lightning_flashrl.supervisor.service import ControllerService, free_port
 
 KEYS = JobKeys.derive("the secret of the job")

@@ -5,7 +5,7 @@ import signal
 
 import zmq
 
-from lightning_flashrl.supervisor.loop import EventLoop
+from lightning_flashrl.messaging.loop import EventLoop
 
 
 def test_descriptors_and_sockets_call_back() -> None:

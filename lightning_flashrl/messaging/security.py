@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils import z85
 
-from lightning_flashrl.supervisor.loop import EventLoop
+from lightning_flashrl.messaging.loop import EventLoop
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _HANDSHAKE_TIMEOUT_MS = 5000

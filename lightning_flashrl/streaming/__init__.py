@@ -1,0 +1,79 @@
+"""The TransferQueue: a column store between the tasks of an RL workflow."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_flashrl.streaming.control import QueueStatistics
+    from lightning_flashrl.streaming.ledger import Task, TaskStatistics
+    from lightning_flashrl.streaming.queue import Lease, QueueVerbs, TransferQueue
+    from lightning_flashrl.streaming.samplers import (
+        Candidates,
+        Demand,
+        OldestFirst,
+        PromptGroups,
+        Sampler,
+        StalenessAware,
+        TokenBalanced,
+    )
+    from lightning_flashrl.streaming.schema import Batch, Field, Ragged, Schema
+    from lightning_flashrl.streaming.service import TransferQueueClient, TransferQueueServer
+
+# Loaded when they are asked for: a storage unit's process needs none of them, and no torch.
+_HOMES = {
+    "Batch": "schema",
+    "Candidates": "samplers",
+    "Demand": "samplers",
+    "Field": "schema",
+    "Lease": "queue",
+    "OldestFirst": "samplers",
+    "PromptGroups": "samplers",
+    "QueueStatistics": "control",
+    "QueueVerbs": "queue",
+    "Ragged": "schema",
+    "Sampler": "samplers",
+    "Schema": "schema",
+    "StalenessAware": "samplers",
+    "Task": "ledger",
+    "TaskStatistics": "ledger",
+    "TokenBalanced": "samplers",
+    "TransferQueue": "queue",
+    "TransferQueueClient": "service",
+    "TransferQueueServer": "service",
+}
+
+__all__ = [
+    "Batch",
+    "Candidates",
+    "Demand",
+    "Field",
+    "Lease",
+    "OldestFirst",
+    "PromptGroups",
+    "QueueStatistics",
+    "QueueVerbs",
+    "Ragged",
+    "Sampler",
+    "Schema",
+    "StalenessAware",
+    "Task",
+    "TaskStatistics",
+    "TokenBalanced",
+    "TransferQueue",
+    "TransferQueueClient",
+    "TransferQueueServer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

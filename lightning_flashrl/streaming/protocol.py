@@ -1,0 +1,299 @@
+"""The typed messages between a queue's clients and its server. Arrays travel as their bytes.
+
+::
+
+    client ── Request ──▶ server    every request has a number, and its answer the same
+    client ◀─ Answer ──── server
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lightning_flashrl import errors
+from lightning_flashrl.errors import FlashRLError
+from lightning_flashrl.streaming.ledger import Written
+from lightning_flashrl.streaming.rows import Rows
+from lightning_flashrl.streaming.schema import Field, Schema
+from lightning_flashrl.streaming.unit import UnitSpec
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; the class name is the tag."""
+
+
+# --------------------------------------------------------------------------- values inside messages
+class FieldSpec(Message, frozen=True):
+    """A field of the schema."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    allow_nan: bool
+
+
+class WrittenSpec(Message, frozen=True):
+    """A field of some rows: where they begin, how long they are, and their values if samplers may look at them."""
+
+    field: str
+    places: bytes
+    lengths: bytes
+    tags: bytes | None = None
+
+
+# --------------------------------------------------------------------------- client → server
+class Hello(Message, frozen=True):
+    """A client is there."""
+
+
+class GrantExtent(Message, frozen=True):
+    """Room to write at least so many bytes."""
+
+    num_bytes: int
+
+
+class SealExtent(Message, frozen=True):
+    """The extent at a place is done with. No answer."""
+
+    place: int
+
+
+class Put(Message, frozen=True):
+    """Make fields visible; see :meth:`Control.put`."""
+
+    written: tuple[WrittenSpec, ...]
+    rows: bytes | None
+    lease: tuple[int, str] | None
+    timeout_s: float | None
+
+
+class TakeLease(Message, frozen=True):
+    """Lease rows; see :meth:`QueueVerbs.lease`."""
+
+    task: str
+    fields: tuple[str, ...]
+    count: int | None
+    tokens: int | None
+    allow_partial: bool
+    replica_rank: int
+    policy_version: int | None
+    sampler: str | None
+    lease_timeout_s: float
+    timeout_s: float | None
+
+
+class EndLease(Message, frozen=True):
+    """Commit or release a lease."""
+
+    lease_id: int
+    task: str
+    is_commit: bool
+
+
+class Renew(Message, frozen=True):
+    """Begin a lease's time anew."""
+
+    lease_id: int
+    task: str
+
+
+class Clear(Message, frozen=True):
+    """Forget rows; ``None`` for all."""
+
+    rows: bytes | None
+
+
+class Close(Message, frozen=True):
+    """No new rows will come."""
+
+
+class AskStatistics(Message, frozen=True):
+    """What is in the queue?"""
+
+
+class Cancel(Message, frozen=True):
+    """Give up the request of that number. No answer to this; the request is answered or released."""
+
+    request_id: int
+
+
+class Ping(Message, frozen=True):
+    """Are you there?"""
+
+
+class Goodbye(Message, frozen=True):
+    """The client ends. No answer."""
+
+
+# --------------------------------------------------------------------------- server → client
+class Welcome(Message, frozen=True):
+    """What a client must know.
+
+    Attributes:
+        fields: the schema.
+        lease_timeout_s: how long a lease lasts.
+        units: the storage units.
+    """
+
+    fields: tuple[FieldSpec, ...]
+    lease_timeout_s: float
+    units: tuple[UnitSpec, ...]
+
+
+class ExtentGranted(Message, frozen=True):
+    """Room to write."""
+
+    place: int
+    size_bytes: int
+
+
+class Stored(Message, frozen=True):
+    """The rows that were written."""
+
+    rows: bytes
+
+
+class Leased(Message, frozen=True):
+    """A lease and where its rows lie."""
+
+    lease_id: int
+    rows: bytes
+    written: tuple[WrittenSpec, ...]
+
+
+class Done(Message, frozen=True):
+    """It is done."""
+
+
+class StatisticsAre(Message, frozen=True):
+    """What is in the queue, as :class:`QueueStatistics` in JSON."""
+
+    json: bytes
+
+
+class Failed(Message, frozen=True):
+    """An error of ours, to be raised at the client."""
+
+    name: str
+    args: list[Any]
+
+
+class Pong(Message, frozen=True):
+    """I am here."""
+
+
+Request: TypeAlias = (
+    Hello
+    | GrantExtent
+    | SealExtent
+    | Put
+    | TakeLease
+    | EndLease
+    | Renew
+    | Clear
+    | Close
+    | AskStatistics
+    | Cancel
+    | Ping
+    | Goodbye
+)
+Answer: TypeAlias = Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Failed | Pong
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+
+
+# --------------------------------------------------------------------------- to and from our own values
+def numbers(data: bytes) -> Rows:
+    """Return the int64 array whose bytes these are.
+
+    Raises:
+        ValueError: they are not.
+    """
+    return np.frombuffer(data, np.int64).copy()
+
+
+def pack_written(written: Sequence[Written]) -> tuple[WrittenSpec, ...]:
+    """Make a message of what was written where."""
+    return tuple(
+        WrittenSpec(
+            column.field,
+            column.places.tobytes(),
+            column.lengths.tobytes(),
+            None if column.tags is None else column.tags.tobytes(),
+        )
+        for column in written
+    )
+
+
+def unpack_written(specs: Sequence[WrittenSpec], schema: Schema) -> list[Written]:
+    """Return what a client says it wrote.
+
+    Raises:
+        ValueError: it cannot be.
+        KeyError: a field that the schema does not have.
+    """
+    written = []
+    for spec in specs:
+        field = schema[spec.field]
+        places, lengths = numbers(spec.places), numbers(spec.lengths)
+        tags: npt.NDArray[Any] | None = None
+        if field.is_tag:
+            tags = np.frombuffer(spec.tags or b"", _TAG_DTYPES[field.dtype]).copy()
+        if not len(places) == len(lengths) == (len(lengths) if tags is None else len(tags)):
+            raise ValueError("arrays of different lengths")
+        if not field.is_ragged and (lengths != 1).any():
+            raise ValueError("rows of fixed shape have one entry")
+        written.append(Written(spec.field, places, lengths, tags))
+    return written
+
+
+_TAG_DTYPES: dict[Any, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_}
+_PYTHON_TYPES = {kind.__name__: kind for kind in (int, float, bool, str, bytes)}
+
+
+def pack_schema(schema: Schema) -> tuple[FieldSpec, ...]:
+    """Make a message of a schema."""
+    return tuple(
+        FieldSpec(
+            name,
+            str(field.dtype) if isinstance(field.dtype, torch.dtype) else field.dtype.__name__,
+            field.shape,
+            field.allow_nan,
+        )
+        for name, field in schema.items()
+    )
+
+
+def unpack_schema(specs: Sequence[FieldSpec]) -> Schema:
+    """Return the schema that a server has."""
+    return Schema(
+        {
+            spec.name: Field(
+                _PYTHON_TYPES[spec.dtype] if spec.dtype in _PYTHON_TYPES else getattr(torch, spec.dtype.split(".")[1]),
+                spec.shape,
+                spec.allow_nan,
+            )
+            for spec in specs
+        }
+    )
+
+
+def pack_error(error: FlashRLError) -> Failed:
+    """Make a message of an error."""
+    return Failed(type(error).__name__, list(error.args))
+
+
+def unpack_error(failed: Failed) -> FlashRLError:
+    """Return the error that a server met. Only classes of :mod:`lightning_flashrl.errors` are made."""
+    cls = getattr(errors, failed.name, None)
+    if not (isinstance(cls, type) and issubclass(cls, FlashRLError)):
+        return FlashRLError(f"{failed.name}{tuple(failed.args)}")
+    return cls(*(tuple(value) if isinstance(value, list) else value for value in failed.args))

@@ -1,0 +1,620 @@
+"""The queue's verbs behind a socket: a server in front of a :class:`TransferQueue`, and the client.
+
+========================  =============================================  =======================================
+who                       waits for                                      unblocked by
+========================  =============================================  =======================================
+server thread             requests; leases that run out; time-outs       sockets, timers, other threads' changes
+client                    the answer to its request                      the server, or its silence for too long
+========================  =============================================  =======================================
+
+Only decisions pass the server. On the server's host a client maps the storage units' memory and copies rows itself;
+elsewhere it asks the units. Everybody needs the queue's secret: the connection is authenticated and encrypted by
+CURVE, messages are decoded into the types of :mod:`lightning_flashrl.streaming.protocol` and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import itertools
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import msgspec
+import zmq
+
+from lightning_flashrl import clock
+from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
+from lightning_flashrl.messaging.loop import EventLoop, Timer
+from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
+from lightning_flashrl.streaming import protocol
+from lightning_flashrl.streaming.control import Grant, LeaseRequest, QueueStatistics, Ticket
+from lightning_flashrl.streaming.ledger import LeaseRecord, Written
+from lightning_flashrl.streaming.memory import UnitAccess, attach_memory
+from lightning_flashrl.streaming.queue import Lease, QueueVerbs, TransferQueue
+from lightning_flashrl.streaming.rows import Rows
+from lightning_flashrl.streaming.samplers import Demand
+from lightning_flashrl.streaming.storage import Writer
+from lightning_flashrl.streaming.unit import RemoteAccess, UnitServer, UnitSpec
+
+_OWNER_BYTES = 16
+_PING_INTERVAL_S = 1.0
+_ANSWER_TIMEOUT_S = 10.0
+_SESSION_TIMEOUT_S = 600.0
+_BACKLOG = 4096
+_AnswerT = TypeVar("_AnswerT", bound=protocol.Message)
+Transport = Literal["auto", "shared_memory", "socket"]
+
+
+# --------------------------------------------------------------------------- server
+class TransferQueueServer:
+    """Lets other processes use a queue.
+
+    Args:
+        queue: the queue; this process may go on using it.
+        port: TCP port on the queue's ``host``; 0 for any that is free.
+        session_timeout_s: after this time without a word from a client, what it had begun to write is given up.
+
+    Attributes:
+        endpoint: where clients connect.
+        secret: what they need.
+
+    Raises:
+        ConfigurationError: the address is taken, or not of this host.
+
+    >>> import torch
+    >>> from lightning_flashrl.streaming import Field, TransferQueue, TransferQueueClient
+    >>> with TransferQueue({"x": Field(int)}, ["square"]) as queue, TransferQueueServer(queue) as server:
+    ...     with TransferQueueClient(server.endpoint, server.secret) as client:
+    ...         rows = client.put({"x": [2, 3]})
+    ...     queue.lease("square", count=2)["x"]
+    [2, 3]
+    """
+
+    def __init__(self, queue: TransferQueue, port: int = 0, *, session_timeout_s: float = _SESSION_TIMEOUT_S) -> None:
+        self.queue = queue
+        self.secret = queue.secret
+        self.num_undecodable = 0
+        self._session_timeout_s = session_timeout_s
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._loop = EventLoop()
+        keys = JobKeys.derive(queue.secret)
+        self._door = DoorKeeper(self._context, self._loop, keys)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 1000
+        self._socket.sndhwm = self._socket.rcvhwm = 0
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+        keys.guard_server(self._socket)
+        try:
+            if port:
+                self._socket.bind(f"tcp://{queue.host}:{port}")
+            else:
+                port = self._socket.bind_to_random_port(f"tcp://{queue.host}")
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigurationError(
+                f"the queue cannot listen on tcp://{queue.host}:{port} ({error}); choose another port, or an "
+                "address of this machine"
+            ) from error
+        self.endpoint = f"tcp://{queue.host}:{port}"
+        self._units = [_UnitThread(queue, keys)] if not queue.unit_processes else []
+        self._specs = tuple(
+            msgspec.structs.replace(spec, endpoint=spec.endpoint or self._units[0].endpoint)
+            for spec in queue.unit_specs
+        )
+        self._tickets: dict[tuple[bytes, bytes], tuple[Ticket, Timer | None]] = {}
+        self._answers: collections.deque[tuple[bytes, bytes, bytes]] = collections.deque()
+        self._owners: dict[bytes, float] = {}
+        self._expiry: Timer | None = None
+        self._is_over = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop.add_reader(self._socket, self._on_readable)
+        self._loop.add_reader(self._wake_fd, self._on_wake)
+        self._loop.call_every(session_timeout_s / 4, self._forget_silent_owners)
+        self._thread = threading.Thread(target=self._serve, name="flashrl-queue", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_refused(self) -> int:
+        """Strangers that the handshake turned away."""
+        return self._door.num_refused
+
+    def close(self) -> None:
+        """Stop serving. The queue goes on."""
+        if self._thread.is_alive():
+            self._is_over = True
+            self._wake()
+            self._thread.join()
+            for unit in self._units:
+                unit.close()
+            os.close(self._wake_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the thread
+    def _serve(self) -> None:
+        self._loop.run_until(lambda: self._is_over)
+        self._flush()
+        self._loop.remove(self._socket)
+        self._socket.close()
+        self._door.close()
+        self._context.term()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._answers:
+            self._socket.send_multipart(self._answers.popleft())
+
+    def _on_readable(self) -> None:
+        for _ in range(256):  # then other sources have their turn
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._on_frames(frames)
+        self._flush()
+        self._arm_expiry()
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            peer, request_id, owner, payload = frames
+            request = protocol.decode_request(payload)
+            if len(owner) != _OWNER_BYTES:
+                raise ValueError("no owner")
+        except (ValueError, msgspec.MsgspecError):
+            self.num_undecodable += 1
+            return
+        self._owners[owner] = clock.now_s()
+        try:
+            answer = self._handle(peer, request_id, owner.hex(), request)
+        except FlashRLError as error:
+            answer = protocol.pack_error(error)
+        except (ValueError, KeyError, OverflowError) as error:  # arrays that are none, fields that are not there
+            self.num_undecodable += 1
+            answer = protocol.pack_error(
+                ConfigurationError(f"the request cannot be: {error}; use one version of the package")
+            )
+        if answer is not None:
+            self._answers.append((peer, request_id, protocol.encode(answer)))
+
+    def _handle(self, peer: bytes, request_id: bytes, owner: str, request: protocol.Request) -> protocol.Answer | None:
+        control = self.queue.control
+        match request:
+            case protocol.Ping():
+                return protocol.Pong()
+            case protocol.Put():
+                self._put(peer, request_id, owner, request)
+                return None
+            case protocol.TakeLease():
+                self._lease(peer, request_id, owner, request)
+                return None
+            case protocol.EndLease(lease_id=lease_id, task=task, is_commit=is_commit):
+                (control.commit if is_commit else control.release)(lease_id, task, owner)
+            case protocol.Renew(lease_id=lease_id, task=task):
+                control.renew(lease_id, task, owner)
+            case protocol.Clear(rows=rows):
+                control.clear(None if rows is None else protocol.numbers(rows))
+            case protocol.Close():
+                self.queue.close()
+            case protocol.GrantExtent(num_bytes=num_bytes):
+                return protocol.ExtentGranted(*control.grant(num_bytes, owner))
+            case protocol.SealExtent(place=where):
+                control.seal(where, owner)
+                return None
+            case protocol.AskStatistics():
+                return protocol.StatisticsAre(msgspec.json.encode(control.statistics()))
+            case protocol.Hello():
+                fields = protocol.pack_schema(self.queue.schema)
+                return protocol.Welcome(fields, self.queue.lease_timeout_s, self._specs)
+            case protocol.Cancel(request_id=number):
+                self._cancel(peer, number.to_bytes(8, "little"), owner)
+                return None
+            case protocol.Goodbye():
+                self._owners.pop(bytes.fromhex(owner), None)
+                control.forget_owner(owner)
+                return None
+        return protocol.Done()
+
+    def _put(self, peer: bytes, request_id: bytes, owner: str, request: protocol.Put) -> None:
+        control = self.queue.control
+        written = protocol.unpack_written(request.written, self.queue.schema)
+        rows = None if request.rows is None else protocol.numbers(request.rows)
+        control.check_written(written, rows, owner)
+        lease = None if request.lease is None else (*request.lease, owner)
+        ticket = control.put(written, rows, lambda ticket: self._on_done(peer, request_id, ticket), lease)
+        self._wait(peer, request_id, ticket, request.timeout_s, lambda: control.full_error(request.timeout_s or 0.0))
+
+    def _lease(self, peer: bytes, request_id: bytes, owner: str, request: protocol.TakeLease) -> None:
+        control = self.queue.control
+        demand = Demand(
+            request.count,
+            request.tokens,
+            request.allow_partial,
+            False,
+            request.replica_rank,
+            request.policy_version,
+        )
+        asked = LeaseRequest(request.task, request.fields, demand, owner, request.lease_timeout_s, request.sampler)
+        ticket = control.lease(asked, lambda ticket: self._on_done(peer, request_id, ticket))
+        self._wait(
+            peer, request_id, ticket, request.timeout_s, lambda: control.timeout_error(asked, request.timeout_s or 0.0)
+        )
+
+    def _wait(
+        self,
+        peer: bytes,
+        request_id: bytes,
+        ticket: Ticket,
+        timeout_s: float | None,
+        too_late: Any,
+    ) -> None:
+        """Remember a ticket that has no answer yet."""
+        if ticket.is_done:
+            return
+
+        def on_timeout() -> None:
+            if self.queue.control.cancel(ticket):
+                self._tickets.pop((peer, request_id), None)
+                self._answers.append((peer, request_id, protocol.encode(protocol.pack_error(too_late()))))
+                self._flush()
+
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, on_timeout)
+        self._tickets[peer, request_id] = (ticket, timer)
+
+    def _on_done(self, peer: bytes, request_id: bytes, ticket: Ticket) -> None:
+        """Answer a ticket. Called in whichever thread made it possible."""
+        answer: protocol.Answer
+        if ticket.error is not None:
+            answer = protocol.pack_error(ticket.error)
+        elif isinstance(ticket.answer, Grant):
+            lease = ticket.answer.lease
+            answer = protocol.Leased(lease.lease_id, lease.rows.tobytes(), protocol.pack_written(ticket.answer.written))
+        else:
+            answer = protocol.Stored(ticket.answer.tobytes())
+        self._answers.append((peer, request_id, protocol.encode(answer)))
+        if threading.current_thread() is not self._thread:
+            self._wake()
+
+    def _cancel(self, peer: bytes, request_id: bytes, owner: str) -> None:
+        ticket, timer = self._tickets.pop((peer, request_id), (None, None))
+        if timer is not None:
+            timer.cancel()
+        if ticket is not None and not self.queue.control.cancel(ticket) and isinstance(ticket.answer, Grant):
+            lease = ticket.answer.lease
+            self.queue.control.release(lease.lease_id, lease.task, owner)
+
+    # ------------------------------------------------------------------ time
+    def _arm_expiry(self) -> None:
+        for key in [key for key, (ticket, _) in self._tickets.items() if ticket.is_done]:
+            timer = self._tickets.pop(key)[1]
+            if timer is not None:
+                timer.cancel()
+        due_s = self.queue.control.tick()
+        if due_s is None or (self._expiry is not None and self._expiry.callback and self._expiry.due_s <= due_s):
+            return
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = self._loop.call_later(max(0.0, due_s - clock.now_s()), self._on_expiry)
+
+    def _on_expiry(self) -> None:
+        self._expiry = None
+        self._arm_expiry()
+        self._flush()
+
+    def _forget_silent_owners(self) -> None:
+        now_s = clock.now_s()
+        for owner, heard_s in list(self._owners.items()):
+            if now_s - heard_s > self._session_timeout_s:
+                del self._owners[owner]
+                self.queue.control.forget_owner(owner.hex())
+        self._flush()
+
+
+class _UnitThread:
+    """Serves the rows that the queue's own process holds, to clients that cannot map them."""
+
+    def __init__(self, queue: TransferQueue, keys: JobKeys) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._loop = EventLoop()
+        self._server = UnitServer(self._context, self._loop, queue.units[0].memory, keys, queue.host)
+        self.endpoint = self._server.endpoint
+        self._is_over = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop.add_reader(self._wake_fd, lambda: None)
+        self._thread = threading.Thread(target=self._serve, name="flashrl-unit", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        self._loop.run_until(lambda: self._is_over)
+        self._server.close()
+        self._context.term()
+
+    def close(self) -> None:
+        self._is_over = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        os.close(self._wake_fd)
+
+
+# --------------------------------------------------------------------------- client
+class TransferQueueClient(QueueVerbs):
+    """A queue that is served elsewhere; for many threads, and it may be pickled for other processes.
+
+    Args:
+        endpoint: of the server.
+        secret: of the queue.
+        transport: ``"shared_memory"`` maps the storage units' memory, ``"socket"`` asks them for rows, ``"auto"`` maps
+            what can be mapped.
+        answer_timeout_s: how long the server may be silent before it counts as gone.
+
+    Raises:
+        QueueUnavailableError: nobody answers, or the secret is not the queue's.
+        ConfigurationError: a unit cannot be mapped and must be.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        secret: str,
+        *,
+        transport: Transport = "auto",
+        answer_timeout_s: float = _ANSWER_TIMEOUT_S,
+    ) -> None:
+        if transport not in ("auto", "shared_memory", "socket"):
+            raise ConfigurationError(f"transport={transport!r}; use 'auto', 'shared_memory' or 'socket'")
+        self.endpoint = endpoint
+        self._secret = secret
+        self._transport: Transport = transport
+        self._answer_timeout_s = answer_timeout_s
+        self._keys = JobKeys.derive(secret)
+        self._owner_id = secrets.token_bytes(_OWNER_BYTES)
+        self._owner = self._owner_id.hex()
+        self._pid = os.getpid()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._local = threading.local()
+        self._is_open = True
+        try:
+            welcome = self._ask(protocol.Hello(), protocol.Welcome)
+            self.schema = protocol.unpack_schema(welcome.fields)
+            self.lease_timeout_s = welcome.lease_timeout_s
+            self.units = [self._access(spec) for spec in welcome.units]
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._writer = Writer(self.schema, self.units, self._grant, self._seal)
+
+    def _access(self, spec: UnitSpec) -> UnitAccess:
+        if self._transport != "socket":
+            try:
+                return UnitAccess(attach_memory(spec.pid, spec.fd, spec.capacity_bytes, spec.mark))
+            except OSError as error:
+                if self._transport == "shared_memory":
+                    raise ConfigurationError(
+                        f"the memory of storage unit {spec.endpoint} cannot be mapped here ({error}); use "
+                        "transport='auto' on another host"
+                    ) from error
+        return _ThreadedAccess(self._context, spec, self._keys, self._answer_timeout_s)
+
+    def __reduce__(self) -> Any:
+        return (_connect, (self.endpoint, self._secret, self._transport, self._answer_timeout_s))
+
+    # ------------------------------------------------------------------ verbs
+    def close(self) -> None:
+        """Say that no new rows will come, for everybody. To end only this client, use :meth:`disconnect`."""
+        self._ask(protocol.Close(), protocol.Done)
+
+    def statistics(self) -> QueueStatistics:
+        """Return what is in the queue, and what has passed."""
+        answer = self._ask(protocol.AskStatistics(), protocol.StatisticsAre)
+        return msgspec.json.decode(answer.json, type=QueueStatistics)
+
+    def disconnect(self) -> None:
+        """End this client: its leases go back. The queue goes on."""
+        if self._is_open:
+            self._is_open = False
+            with contextlib.suppress(zmq.ZMQError):
+                self._connection().send(protocol.Goodbye(), self._owner_id)
+            for unit in self.units:
+                unit.close()
+            self._context.destroy(linger=1000)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disconnect()
+
+    # ------------------------------------------------------------------ there
+    def _grant(self, num_bytes: int) -> tuple[int, int]:
+        answer = self._ask(protocol.GrantExtent(num_bytes), protocol.ExtentGranted)
+        return answer.place, answer.size_bytes
+
+    def _seal(self, where: int) -> None:
+        self._connection().send(protocol.SealExtent(where), self._owner_id)
+
+    def _put(
+        self, written: list[Written], rows: Rows | None, timeout_s: float | None, lease: tuple[int, str] | None = None
+    ) -> Rows:
+        number = None if rows is None else rows.tobytes()
+        request = protocol.Put(protocol.pack_written(written), number, lease, timeout_s)
+        return protocol.numbers(self._ask(request, protocol.Stored).rows)
+
+    def _lease(self, request: LeaseRequest, timeout_s: float | None) -> Lease:
+        if request.sampler is not None and not isinstance(request.sampler, str):
+            raise ConfigurationError(
+                f"sampler={request.sampler!r} cannot be sent to a server; name it in TransferQueue(samplers={{...}}) "
+                "there and give its name"
+            )
+        demand = request.demand
+        message = protocol.TakeLease(
+            request.task,
+            request.fields,
+            demand.count,
+            demand.tokens,
+            demand.allow_partial,
+            demand.replica_rank,
+            demand.policy_version,
+            request.sampler,
+            request.timeout_s,
+            timeout_s,
+        )
+        answer = self._ask(message, protocol.Leased)
+        lease = LeaseRecord(
+            answer.lease_id,
+            request.task,
+            self._owner,
+            protocol.numbers(answer.rows),
+            request.fields,
+            request.timeout_s,
+            self._connection().heard_s + request.timeout_s,  # the lease began later than that
+        )
+        written = [
+            Written(spec.field, protocol.numbers(spec.places), protocol.numbers(spec.lengths))
+            for spec in answer.written
+        ]
+        return self._open(Grant(lease, written))
+
+    def _commit(self, lease_id: int, task: str) -> None:
+        self._ask(protocol.EndLease(lease_id, task, True), protocol.Done)
+
+    def _release(self, lease_id: int, task: str) -> None:
+        self._ask(protocol.EndLease(lease_id, task, False), protocol.Done)
+
+    def _renew(self, lease_id: int, task: str, timeout_s: float) -> float:
+        asked_s = clock.now_s()
+        self._ask(protocol.Renew(lease_id, task), protocol.Done)
+        return asked_s + timeout_s
+
+    def _clear(self, rows: Rows | None) -> None:
+        self._ask(protocol.Clear(None if rows is None else rows.tobytes()), protocol.Done)
+
+    def _ask(self, request: protocol.Request, expected: type[_AnswerT]) -> _AnswerT:
+        return self._connection().ask(request, self._owner_id, expected)
+
+    def _connection(self) -> _Connection:
+        if os.getpid() != self._pid:
+            raise ConfigurationError(
+                "this TransferQueueClient was made before a fork; make one in each process (it can be pickled)"
+            )
+        connection: _Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = _Connection(self._context, self.endpoint, self._keys, self._answer_timeout_s)
+            self._local.connection = connection
+        return connection
+
+
+def _connect(endpoint: str, secret: str, transport: Transport, answer_timeout_s: float) -> TransferQueueClient:
+    return TransferQueueClient(endpoint, secret, transport=transport, answer_timeout_s=answer_timeout_s)
+
+
+class _Connection:
+    """One thread's socket to the server.
+
+    Attributes:
+        heard_s: when the server was last heard before it gave the last answer.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: JobKeys, answer_timeout_s: float
+    ) -> None:
+        self.heard_s = clock.now_s()
+        self._endpoint = endpoint
+        self._answer_timeout_s = answer_timeout_s
+        self._numbers = itertools.count(1)
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.sndhwm = 0
+        keys.guard_client(self._socket)
+        self._socket.connect(endpoint)
+
+    def send(self, request: protocol.Request, owner: bytes) -> int:
+        """Send a request and return its number."""
+        number = next(self._numbers)
+        self._socket.send_multipart([number.to_bytes(8, "little"), owner, protocol.encode(request)])
+        return number
+
+    def ask(self, request: protocol.Request, owner: bytes, expected: type[_AnswerT]) -> _AnswerT:
+        """Send a request and wait for its answer, as long as the server gives signs of life.
+
+        Raises:
+            QueueUnavailableError: it does not.
+        """
+        number = self.send(request, owner)
+        try:
+            answer = self._wait(number, request, owner)
+        except BaseException:
+            with contextlib.suppress(zmq.ZMQError):
+                self.send(protocol.Cancel(number), owner)
+            raise
+        if isinstance(answer, protocol.Failed):
+            raise protocol.unpack_error(answer)
+        assert isinstance(answer, expected)
+        return answer
+
+    def _wait(self, number: int, request: protocol.Request, owner: bytes) -> protocol.Answer:
+        wanted = number.to_bytes(8, "little")
+        last_s = self.heard_s = clock.now_s()
+        while True:
+            if not self._socket.poll(int(_PING_INTERVAL_S * 1000)):
+                if clock.now_s() - last_s > self._answer_timeout_s:
+                    doing = type(request).__name__.lower()
+                    raise QueueUnavailableError(self._endpoint, self._answer_timeout_s, doing)
+                self.send(protocol.Ping(), owner)
+                continue
+            request_id, payload = self._socket.recv_multipart()
+            if request_id == wanted:
+                answer: protocol.Answer = protocol.decode_answer(payload)
+                return answer
+            # A pong, or the answer to a request that was given up.
+            self.heard_s = last_s
+            last_s = clock.now_s()
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+
+class _ThreadedAccess(UnitAccess):
+    """A unit behind a socket, with a connection for each thread."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], spec: UnitSpec, keys: JobKeys, timeout_s: float
+    ) -> None:
+        self._make = functools.partial(RemoteAccess, context, spec, keys, timeout_s)
+        self._local = threading.local()
+
+    def _mine(self) -> RemoteAccess:
+        access: RemoteAccess | None = getattr(self._local, "access", None)
+        if access is None:
+            access = self._local.access = self._make()
+        return access
+
+    @contextlib.contextmanager
+    def writing(self, offset: int, num_bytes: int) -> Iterator[Any]:
+        with self._mine().writing(offset, num_bytes) as memory:
+            yield memory
+
+    def read(self, offsets: Any, ends: Any, into: Any) -> None:
+        self._mine().read(offsets, ends, into)
+
+    def close(self) -> None:
+        """Connections end with the client's context."""

@@ -1,0 +1,273 @@
+"""A storage unit as a process of its own, and its memory behind a socket for those who cannot map it.
+
+``python -m lightning_flashrl.streaming.unit`` reads its settings from standard input, writes where it is to standard
+output, and ends when standard input does: with whoever started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import numpy as np
+import zmq
+
+from lightning_flashrl.errors import QueueUnavailableError
+from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
+from lightning_flashrl.streaming.memory import (
+    BLOCK_BYTES,
+    MARK_BYTES,
+    Bytes,
+    Memory,
+    UnitAccess,
+    default_capacity_bytes,
+    make_memory,
+)
+
+_START_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 5.0
+
+
+class UnitSpec(msgspec.Struct, frozen=True, array_like=True):
+    """How to reach a storage unit.
+
+    Attributes:
+        pid: process that holds its memory.
+        fd: descriptor of the memory there.
+        capacity_bytes: its size.
+        mark: bytes at its beginning, by which a mapping is known to be the right one.
+        endpoint: where it answers.
+    """
+
+    pid: int
+    fd: int
+    capacity_bytes: int
+    mark: bytes
+    endpoint: str
+
+
+class Read(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Send these ranges, one after the other: int64 arrays as bytes. The answer is the ranges' bytes."""
+
+    offsets: bytes
+    ends: bytes
+
+
+class Write(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Store the bytes that follow in the next frame."""
+
+    offset: int
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Read | Write).decode
+
+
+class UnitServer:
+    """A unit's memory behind a socket.
+
+    Args:
+        context: ZeroMQ context of its own.
+        loop: calls this object back.
+        memory: the unit's.
+        keys: who may connect.
+        host: address to listen on.
+
+    Attributes:
+        endpoint: where.
+        num_undecodable: messages that were none.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], loop: EventLoop, memory: Memory, keys: JobKeys, host: str
+    ) -> None:
+        self.num_undecodable = 0
+        self._memory = memory
+        self._loop = loop
+        self._door = DoorKeeper(context, loop, keys)
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        keys.guard_server(self._socket)
+        self.endpoint = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        loop.add_reader(self._socket, self._on_readable)
+
+    def _on_readable(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                peer, request_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=True)
+                try:
+                    answer = self._answer(frames)
+                except (msgspec.MsgspecError, ValueError, IndexError):
+                    self.num_undecodable += 1
+                    continue
+                self._socket.send_multipart([peer, request_id, answer], copy=False)
+
+    def _answer(self, frames: Sequence[bytes]) -> bytes | memoryview:
+        request = _decode(frames[0])
+        array = self._memory.array
+        if isinstance(request, Write):
+            data = np.frombuffer(frames[1], np.uint8)
+            if not MARK_BYTES <= request.offset <= len(array) - len(data):
+                raise ValueError("outside of the unit")
+            array[request.offset : request.offset + len(data)] = data
+            return b""
+        offsets, ends = np.frombuffer(request.offsets, np.int64), np.frombuffer(request.ends, np.int64)
+        if len(offsets) != len(ends) or (offsets < 0).any() or (ends < offsets).any() or (ends > len(array)).any():
+            raise ValueError("outside of the unit")
+        out = np.empty(int((ends - offsets).sum()), np.uint8)
+        UnitAccess(self._memory).read(offsets.tolist(), ends.tolist(), out)
+        return out.data
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._loop.remove(self._socket)
+        self._socket.close()
+        self._door.close()
+
+
+class RemoteAccess(UnitAccess):
+    """How a process reaches a unit whose memory it cannot map: over a socket. One thread at a time.
+
+    Args:
+        context: ZeroMQ context of the client.
+        spec: which unit.
+        keys: of the queue.
+        timeout_s: how long it may be silent.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], spec: UnitSpec, keys: JobKeys, timeout_s: float
+    ) -> None:
+        self._spec = spec
+        self._timeout_s = timeout_s
+        self._num_requests = 0
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        keys.guard_client(self._socket)
+        self._socket.connect(spec.endpoint)
+
+    @contextlib.contextmanager
+    def writing(self, offset: int, num_bytes: int) -> Iterator[Bytes]:
+        """Give memory of our own, and send it when the block ends without an error."""
+        staged = np.empty(num_bytes, np.uint8)
+        yield staged
+        self._ask([_encode(Write(offset)), staged.data], "write")
+
+    def read(self, offsets: Sequence[int], ends: Sequence[int], into: Bytes) -> None:
+        """Copy ranges out, one after the other."""
+        request = Read(np.array(offsets, np.int64).tobytes(), np.array(ends, np.int64).tobytes())
+        into[:] = np.frombuffer(self._ask([_encode(request)], "read"), np.uint8)
+
+    def _ask(self, frames: list[bytes | memoryview], doing: str) -> memoryview:
+        self._num_requests += 1
+        request_id = self._num_requests.to_bytes(8, "little")
+        self._socket.send_multipart([request_id, *frames], copy=False)
+        while self._socket.poll(int(self._timeout_s * 1000)):
+            answered, data = self._socket.recv_multipart(copy=False)
+            if answered.bytes == request_id:  # else of a request that was given up
+                return data.buffer
+        raise QueueUnavailableError(self._spec.endpoint, self._timeout_s, f"{doing} at a storage unit")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+
+# --------------------------------------------------------------------------- a process of its own
+class UnitSettings(msgspec.Struct, frozen=True):
+    """What a unit's process must know.
+
+    Attributes:
+        secret: of the queue.
+        capacity_bytes: size of the unit.
+        host: address to listen on.
+    """
+
+    secret: str
+    capacity_bytes: int
+    host: str
+
+
+class UnitProcess:
+    """A storage unit in another process, seen from who started it.
+
+    Args:
+        secret: of the queue.
+        host: address to listen on.
+
+    Attributes:
+        spec: how to reach it.
+
+    Raises:
+        QueueUnavailableError: it did not come up.
+    """
+
+    def __init__(self, secret: str, host: str) -> None:
+        settings = UnitSettings(secret, default_capacity_bytes(), host)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for who started it
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(settings) + b"\n")
+            self._process.stdin.flush()
+            self.spec = msgspec.json.decode(self._process.stdout.readline(), type=UnitSpec)
+        except (OSError, msgspec.MsgspecError) as error:
+            self.close()
+            raise QueueUnavailableError("a storage unit", _START_TIMEOUT_S, "its process ended early") from error
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """End the process; its memory goes when nobody maps it any more."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main() -> None:
+    """Be a storage unit until standard input ends."""
+    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=UnitSettings)
+    memory, mark = make_memory(settings.capacity_bytes)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    loop = EventLoop()
+    server = UnitServer(context, loop, memory, JobKeys.derive(settings.secret), settings.host)
+    spec = UnitSpec(os.getpid(), memory.fd, settings.capacity_bytes, mark, server.endpoint)
+    sys.stdout.buffer.write(msgspec.json.encode(spec) + b"\n")
+    sys.stdout.buffer.flush()
+    is_over: list[bool] = []
+
+    def on_input() -> None:
+        if not os.read(0, BLOCK_BYTES):
+            is_over.append(True)
+
+    loop.add_reader(0, on_input)
+    loop.run_until(lambda: bool(is_over))
+    server.close()
+    context.destroy(linger=0)
+    memory.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What only a queue behind a socket can meet: strangers, silence, the death of one side."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import zmq
+
+from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueUnavailableError, WouldBlock
+from lightning_flashrl.messaging.security import JobKeys
+from lightning_flashrl.streaming import Field, TransferQueue, TransferQueueClient, TransferQueueServer, protocol
+
+FIELDS = {"x": Field(torch.int64, (None,))}
+
+
+def _address(endpoint: str) -> tuple[str, int]:
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    return host, int(port)
+
+
+class TestStrangers:
+    def test_without_the_secret_nobody_gets_an_answer(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with pytest.raises(QueueUnavailableError, match="same secret"):
+                TransferQueueClient(server.endpoint, "guess", answer_timeout_s=1.5)
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                client.put({"x": [[1]]})
+
+    def test_garbage_and_floods_do_not_disturb(self) -> None:
+        draw = random.Random(9)
+        with TransferQueue(FIELDS, ["t"], num_storage_units=1) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                for endpoint in (server.endpoint, queue.unit_specs[0].endpoint):
+                    for size in (1, 64, 100_000):
+                        with socket.create_connection(_address(endpoint)) as stranger:
+                            stranger.sendall(draw.randbytes(size))
+                    flood = [socket.create_connection(_address(endpoint)) for _ in range(100)]
+                    client.put({"x": [[1, 2]]})
+                    assert client.lease("t", count=1)["x"].values.tolist() == [1, 2]
+                    for stranger in flood:
+                        stranger.close()
+
+    def test_a_member_that_sends_nonsense_is_not_served(self) -> None:
+        keys = JobKeys.derive("secret")
+        owner = b"o" * 16
+        with TransferQueue(FIELDS, ["t"], secret="secret") as queue, TransferQueueServer(queue) as server:
+            row = protocol.WrittenSpec("x", b"\0" * 8, (10**12).to_bytes(8, "little"))
+            negative = protocol.WrittenSpec("x", (-5).to_bytes(8, "little", signed=True), (8).to_bytes(8, "little"))
+            odd = protocol.WrittenSpec("x", b"\0" * 7, b"\0" * 8)
+            nonsense = [
+                b"",
+                b"\xc1",
+                b"\xff" * 500,
+                *(protocol.encode(protocol.Put((spec,), None, None, 0.0)) for spec in (row, negative, odd)),
+                protocol.encode(protocol.Put((protocol.WrittenSpec("y", b"", b""),), None, None, 0.0)),
+                protocol.encode(protocol.Put((), None, None, 0.0)),
+                protocol.encode(protocol.EndLease(5, "t", True)),
+                protocol.encode(protocol.Clear(b"123")),
+                protocol.encode(protocol.SealExtent(-1)),
+                protocol.encode(protocol.SealExtent(1 << 60)),
+                protocol.encode(protocol.GrantExtent(-7)),
+                protocol.encode(protocol.GrantExtent(1 << 62)),
+                protocol.encode(protocol.Cancel(77)),
+            ]
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            sock = context.socket(zmq.DEALER)
+            keys.guard_client(sock)
+            sock.connect(server.endpoint)
+            for payload in nonsense:
+                sock.send_multipart([b"12345678", owner, payload])
+                sock.send_multipart([payload])
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                client.put({"x": [[3]]})
+                assert client.lease("t", count=1)["x"].values.tolist() == [3]
+                assert client.statistics().num_put == 1
+            context.destroy(linger=0)
+
+
+class TestDeath:
+    def test_a_client_notices_that_the_server_is_gone(self) -> None:
+        queue = TransferQueue(FIELDS, ["t"])
+        server = TransferQueueServer(queue)
+        with TransferQueueClient(server.endpoint, server.secret, answer_timeout_s=1.5) as client:
+            server.close()
+            queue.shutdown()
+            with pytest.raises(QueueUnavailableError, match=r"did not answer within 1\.5 s \(takelease\)"):
+                client.lease("t", count=1)
+
+    def test_what_a_client_had_leased_goes_back_when_it_says_goodbye(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            rows = queue.put({"x": [[1]]})
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                client.lease("t", count=1)
+            assert queue.lease("t", count=1, timeout_s=10).rows == rows
+
+    def test_what_a_silent_client_had_begun_is_given_up(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue, session_timeout_s=0.5) as server:
+            client = TransferQueueClient(server.endpoint, server.secret)
+            rows = client.put({"x": [[1]]})
+            client.lease("t", count=1)
+            lease = queue.lease("t", count=1, timeout_s=10)
+            assert lease.rows == rows
+            queue.commit(lease)
+            assert not any(extent.owner != "local" for extent in queue.control._allocators[0].extents())
+            client.disconnect()
+
+    def test_storage_units_end_with_the_process_that_made_them(self, tmp_path: Path) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(
+            textwrap.dedent("""
+            import time, torch
+            from lightning_flashrl.streaming import Field, TransferQueue
+            queue = TransferQueue({"x": Field(int)}, ["t"], num_storage_units=2)
+            queue.put({"x": [1]})
+            print(*(process.pid for process in queue.unit_processes), flush=True)
+            time.sleep(60)
+            """)
+        )
+        with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            pids = [int(pid) for pid in process.stdout.readline().split()]
+            assert len(pids) == 2
+            os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for pid in pids:
+            os.waitpid(pid, 0)  # orphans are adopted by the test process
+
+    def test_interrupting_a_wait_gives_up_its_place(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                for waiting in (client, queue):
+                    signal.signal(signal.SIGALRM, _interrupt)
+                    signal.setitimer(signal.ITIMER_REAL, 0.2)
+                    with pytest.raises(KeyboardInterrupt):
+                        waiting.lease("t", count=1)
+                    rows = queue.put({"x": [[1]]})
+                    assert queue.lease("t", count=1, timeout_s=10).rows == rows
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class TestClient:
+    def test_it_can_be_pickled(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                with pickle.loads(pickle.dumps(client)) as copy:
+                    rows = copy.put({"x": [[1]]})
+                assert client.lease("t", count=1).rows == rows
+
+    def test_a_fork_is_told_to_make_its_own(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                pid = os.fork()
+                if not pid:
+                    code = 1
+                    try:
+                        client.statistics()
+                    except ConfigurationError as error:
+                        code = 0 if "before a fork" in str(error) else 2
+                    os._exit(code)
+                assert os.waitpid(pid, 0)[1] == 0
+
+    def test_a_taken_port_is_said(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            port = _address(server.endpoint)[1]
+            with pytest.raises(ConfigurationError, match=f"cannot listen on tcp://127.0.0.1:{port}"):
+                TransferQueueServer(queue, port)
+
+    def test_a_transport_that_is_none_is_said(self) -> None:
+        with pytest.raises(ConfigurationError, match="transport='pigeon'"):
+            TransferQueueClient("tcp://127.0.0.1:1", "s", transport="pigeon")  # type: ignore[arg-type]
+
+    def test_waits_of_one_thread_do_not_hold_up_another(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                with pytest.raises(WouldBlock):
+                    client.lease("t", count=1, timeout_s=0.1)
+                client.close()
+                with pytest.raises(EndOfStream):
+                    client.lease("t", count=1)
