@@ -73,7 +73,8 @@ class Peer:
 
 TORCHFT = Peer("torchft", ("torchft==0.2.0",), "import torchft")
 INPROCESS = Peer("nvrx", ("nvidia-resiliency-ext==0.4.1",), "import nvidia_resiliency_ext.inprocess")
-PEERS = (TORCHFT, INPROCESS)
+TRANSFER_QUEUE = Peer("transferqueue", ("TransferQueue==0.1.11",), "import transfer_queue")
+PEERS = (TORCHFT, INPROCESS, TRANSFER_QUEUE)
 
 
 def main() -> None:

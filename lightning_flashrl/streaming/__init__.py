@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_flashrl.streaming.control import QueueStatistics
     from lightning_flashrl.streaming.ledger import Task, TaskStatistics
+    from lightning_flashrl.streaming.loader import Request, StreamingDataset
     from lightning_flashrl.streaming.queue import Lease, QueueVerbs, TransferQueue
     from lightning_flashrl.streaming.samplers import (
         Candidates,
@@ -33,9 +34,11 @@ _HOMES = {
     "QueueStatistics": "control",
     "QueueVerbs": "queue",
     "Ragged": "schema",
+    "Request": "loader",
     "Sampler": "samplers",
     "Schema": "schema",
     "StalenessAware": "samplers",
+    "StreamingDataset": "loader",
     "Task": "ledger",
     "TaskStatistics": "ledger",
     "TokenBalanced": "samplers",
@@ -55,9 +58,11 @@ __all__ = [
     "QueueStatistics",
     "QueueVerbs",
     "Ragged",
+    "Request",
     "Sampler",
     "Schema",
     "StalenessAware",
+    "StreamingDataset",
     "Task",
     "TaskStatistics",
     "TokenBalanced",

@@ -34,7 +34,6 @@ from lightning_flashrl.streaming.samplers import Demand, Sampler
 from lightning_flashrl.streaming.schema import Schema
 from lightning_flashrl.streaming.storage import Allocator
 
-
 _MAX_LENGTH = 1 << 40
 """Longer rows than any unit holds; with this bound sizes in bytes do not overflow."""
 
@@ -44,6 +43,7 @@ class QueueStatistics:
     """What is in a queue, and what has passed.
 
     Attributes:
+        is_closed: whether new rows are refused.
         num_rows: rows in the queue.
         num_bytes: payload of these rows.
         num_put: rows put since the start.
@@ -53,6 +53,7 @@ class QueueStatistics:
         tasks: by name.
     """
 
+    is_closed: bool
     num_rows: int
     num_bytes: int
     num_put: int
@@ -490,6 +491,7 @@ class Control:
         with self.lock:
             ledger = self.ledger
             return QueueStatistics(
+                ledger.is_closed,
                 ledger.num_rows,
                 ledger.num_bytes,
                 ledger.num_put,

@@ -450,7 +450,6 @@ class Ledger:
         self._ends[lease.lease_id] = why
         if len(self._ends) > _REMEMBERED_ENDS:
             del self._ends[next(iter(self._ends))]
-        self._tasks[lease.task].num_leased -= len(lease.rows)
         rows = lease.rows
         if self._held:
             is_held = np.array([row in self._held for row in rows.tolist()])
@@ -461,6 +460,7 @@ class Ledger:
                 else:
                     self._freed.append((places, sizes))
             rows = rows[~is_held]
+        self._tasks[lease.task].num_leased -= len(rows)
         self._num_leases[rows] = self._num_leases[rows] - 1
         return rows
 
@@ -488,6 +488,9 @@ class Ledger:
             rows = self._table.all_rows()
         self._check_rows(rows, np.uint64(0))
         committed = self._committed[rows]
+        if self._num_leases[rows].any():
+            for lease in self._leases.values():
+                self._tasks[lease.task].num_leased -= int(np.isin(lease.rows, rows).sum())
         for state in self._tasks.values():
             unseen = rows[(committed & np.uint64(state.bit)) == 0]
             state.num_open -= len(unseen)

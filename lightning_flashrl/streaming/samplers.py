@@ -70,14 +70,11 @@ class Demand:
 class _Unit:
     """What is handed out as one: a row, or the rows of one prompt group."""
 
-    rows: dict[int, int] = field(default_factory=dict)  # row → tokens
-    key: Any = None
-    oldest_version: int = 0
+    rows: dict[int, int]  # row → tokens
+    key: Any
+    oldest_version: int
+    num_tokens: int
     is_offered: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.rows.values())
 
 
 class Sampler:
@@ -146,15 +143,22 @@ class Sampler:
         keys = self.order(candidates)
         keys = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
         versions = self._versions(candidates)
-        for row, group, key, version, tokens in zip(
-            rows, groups, keys, versions, candidates.num_tokens.tolist(), strict=True
-        ):
-            self._unit_of[row] = group
+        sizes = candidates.num_tokens.tolist()
+        self._unit_of.update(zip(rows, groups, strict=True))
+        if self.group_size == 1:
+            for row, key, version, tokens in zip(rows, keys, versions, sizes, strict=True):
+                self._units[row] = _Unit({row: tokens}, key, version, tokens, True)
+                heapq.heappush(self._heap, (key, row))
+            self._num_offered += len(rows)
+            self._offered_tokens += sum(sizes)
+            return
+        for row, group, key, version, tokens in zip(rows, groups, keys, versions, sizes, strict=True):
             unit = self._units.get(group)
             if unit is None:
-                unit = self._units[group] = _Unit({row: tokens}, key, version)
+                unit = self._units[group] = _Unit({row: tokens}, key, version, tokens)
             else:
                 unit.rows[row] = tokens
+                unit.num_tokens += tokens
                 unit.oldest_version = min(unit.oldest_version, version)
                 if unit.is_offered:
                     self._num_offered += 1
@@ -172,6 +176,7 @@ class Sampler:
             if group is not None:
                 unit = self._units[group]
                 tokens = unit.rows.pop(row)
+                unit.num_tokens -= tokens
                 if unit.is_offered:
                     self._num_offered -= 1
                     self._offered_tokens -= tokens
@@ -253,7 +258,7 @@ class Sampler:
             del self._unit_of[row]
         self._num_offered -= len(unit.rows)
         self._offered_tokens -= unit.num_tokens
-        return sorted(unit.rows)
+        return sorted(unit.rows) if self.group_size > 1 else list(unit.rows)
 
     def _take_count(self, count: int) -> list[int]:
         rows: list[int] = []

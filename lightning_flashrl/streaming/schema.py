@@ -453,15 +453,18 @@ def _check_ragged(name: str, field: Field, values: Any) -> Column:
         return Column(name, [tensor.flatten(0, 1)], lengths, field.entry_bytes)
     if not _is_list(values):
         raise SchemaMismatchError(name, f"is a {type(values).__name__}", "give a list with one tensor per row")
-    rows = [_as_tensor(name, field, row) for row in values]
-    num_dims = 1 + len(inner)
-    for index, row in enumerate(rows):
-        shape = row.shape
-        if len(shape) != num_dims or (inner and tuple(shape[1:]) != inner):
+    expected = field.stored_dtype
+    rows = [
+        row if type(row) is Tensor and row.dtype is expected and row.is_cpu else _as_tensor(name, field, row)
+        for row in values
+    ]
+    shapes = [row.shape for row in rows]
+    for index, shape in enumerate(shapes):
+        if not shape or shape[1:] != inner:
             raise SchemaMismatchError(
                 name, f"row {index} has the shape {list(shape)}", f"the schema says [length, {_joined(inner)}]"
             )
-    return Column(name, rows, np.array([len(row) for row in rows], dtype=np.int64), field.entry_bytes)
+    return Column(name, rows, np.array([shape[0] for shape in shapes], dtype=np.int64), field.entry_bytes)
 
 
 def _check_values_and_lengths(name: str, field: Field, ragged: Ragged) -> Column:

@@ -145,6 +145,8 @@ class TransferQueueServer:
     # ------------------------------------------------------------------ the thread
     def _serve(self) -> None:
         self._loop.run_until(lambda: self._is_over)
+        for ticket, _ in self._tickets.values():
+            self.queue.control.cancel(ticket)
         self._flush()
         self._loop.remove(self._socket)
         self._socket.close()

@@ -251,7 +251,8 @@ class Writer:
         if len(memory):
             first = column.parts[0]
             target = torch.from_numpy(memory).view(first.dtype).view(-1, *first.shape[1:])
-            torch.cat(column.parts, out=target)
+            with torch.no_grad():
+                torch.cat(column.parts, out=target)
             self._schema.refuse_nan(column.field, target)
 
     def _reserve(self, num_bytes: int) -> tuple[_OpenExtent, int]:

@@ -449,6 +449,19 @@ class TestClear:
         queue.clear()
         assert queue.statistics().num_rows == 0
 
+    def test_a_row_cleared_under_lease_does_not_hold_up_the_last_rows(self, open_queue: OpenQueue) -> None:
+        queue = open_queue(NUMBERS, ["t"])
+        rows = queue.put({"x": [1, 2]})
+        lease = queue.lease("t", count=1)
+        queue.clear(rows[:1])
+        queue.close()
+        last = queue.lease_nowait("t", count=2)
+        assert last.rows == rows[1:]
+        queue.commit(last)
+        with pytest.raises(EndOfStream):
+            queue.lease_nowait("t", count=2)
+        queue.commit(lease)
+
     def test_rows_stay_until_they_are_cleared_if_asked(self, open_queue: OpenQueue) -> None:
         queue = open_queue(NUMBERS, ["t"], clear_consumed=False)
         rows = queue.put({"x": [1]})
