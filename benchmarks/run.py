@@ -16,6 +16,7 @@ COMMANDS = {
     "overhead": ["overhead.py"],
     "recovery": ["recovery.py"],
     "scale": ["scale.py"],
+    "queues": ["queues.py"],
 }
 """``peers`` makes the environments that the others need, once."""
 

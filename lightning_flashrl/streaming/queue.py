@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -73,6 +73,16 @@ class Lease:
 
     def __getitem__(self, field: str) -> Any:
         return self.batch[field]
+
+
+class LeaseOptions(TypedDict, total=False):
+    """What else :meth:`QueueVerbs.lease` takes."""
+
+    sampler: Sampler | str | None
+    allow_partial: bool
+    replica_rank: int
+    policy_version: int | None
+    lease_timeout_s: float | None
 
 
 class QueueVerbs(abc.ABC):
@@ -162,12 +172,9 @@ class QueueVerbs(abc.ABC):
             UnknownFieldError: no such field.
             ConfigurationError: a count or time-out that cannot be, or that the sampler can never serve.
         """
-        return self._lease(
-            self._request(
-                task, fields, count, tokens, sampler, allow_partial, replica_rank, policy_version, lease_timeout_s
-            ),
-            _check_timeout("timeout_s", timeout_s),
-        )
+        demand = Demand(count, tokens, allow_partial, False, replica_rank, policy_version)
+        request = self._request(task, fields, demand, sampler, lease_timeout_s)
+        return self._lease(request, _check_timeout("timeout_s", timeout_s))
 
     def lease_nowait(
         self,
@@ -175,37 +182,24 @@ class QueueVerbs(abc.ABC):
         fields: Iterable[str] = (),
         count: int | None = None,
         tokens: int | None = None,
-        *,
-        sampler: Sampler | str | None = None,
-        allow_partial: bool = False,
-        replica_rank: int = 0,
-        policy_version: int | None = None,
-        lease_timeout_s: float | None = None,
+        **options: Unpack[LeaseOptions],
     ) -> Lease:
-        """Take rows that are ready now; arguments and errors as for :meth:`lease`.
+        """Take rows that are ready now; arguments and errors as for :meth:`lease`, without ``timeout_s``.
 
         Raises:
             WouldBlock: not enough rows are ready.
         """
-        return self._lease(
-            self._request(
-                task, fields, count, tokens, sampler, allow_partial, replica_rank, policy_version, lease_timeout_s
-            ),
-            0.0,
-        )
+        return self.lease(task, fields, count, tokens, timeout_s=0.0, **options)
 
     def _request(
         self,
         task: str,
         fields: Iterable[str],
-        count: int | None,
-        tokens: int | None,
+        demand: Demand,
         sampler: Sampler | str | None,
-        allow_partial: bool,
-        replica_rank: int,
-        policy_version: int | None,
         lease_timeout_s: float | None,
     ) -> LeaseRequest:
+        count, tokens = demand.count, demand.tokens
         if (count is None) == (tokens is None):
             raise ConfigurationError(f"count={count} and tokens={tokens}; give one of the two")
         for name, value in (("count", count), ("tokens", tokens)):
@@ -215,7 +209,6 @@ class QueueVerbs(abc.ABC):
         if not lasts_s > 0:
             raise ConfigurationError(f"lease_timeout_s={lasts_s}; use a time above 0 s")
         names = (fields,) if isinstance(fields, str) else tuple(fields)
-        demand = Demand(count, tokens, allow_partial, False, replica_rank, policy_version)
         return LeaseRequest(task, names, demand, self._owner, lasts_s, sampler)
 
     def _open(self, grant: Grant) -> Lease:

@@ -21,6 +21,9 @@ import numpy.typing as npt
 
 from lightning_flashrl.errors import ConfigurationError
 
+_NUM_STALE_ENTRIES = 1024
+"""Entries of rows that are gone, which a heap may hold before it is made anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -182,6 +185,9 @@ class Sampler:
                     self._offered_tokens -= tokens
                 if not unit.rows:
                     del self._units[group]
+        if len(self._heap) > 2 * len(self._units) + _NUM_STALE_ENTRIES:
+            self._heap = [(unit.key, group) for group, unit in self._units.items() if unit.is_offered]
+            heapq.heapify(self._heap)
 
     def drop(self, candidates: Candidates) -> None:
         """Forget rows that will never (again) be ready: their groups do not wait for them.
