@@ -71,7 +71,7 @@ class Flash:
         return sum(len(lease[name].values) for name in FIELDS)
 
     def wait_for_nothing(self, part: str) -> None:
-        self._client.lease("never", count=1)
+        self._client.lease("train", ["never"], count=1)
 
     def clear(self, _part: str) -> None:
         self._client.clear()
@@ -304,8 +304,7 @@ def serve() -> None:
         "logprobs": Field(torch.float32, (None,)),
         "never": Field(int),
     }
-    tasks = {"train": FIELDS, "never": ["never"]}
-    with TransferQueue(fields, tasks, num_storage_units=1) as queue, TransferQueueServer(queue) as server:
+    with TransferQueue(fields, {"train": FIELDS}, num_storage_units=1) as queue, TransferQueueServer(queue) as server:
         print(server.endpoint, server.secret, flush=True)
         sys.stdin.read()
 

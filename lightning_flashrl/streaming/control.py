@@ -34,9 +34,6 @@ from lightning_flashrl.streaming.samplers import Demand, Sampler
 from lightning_flashrl.streaming.schema import Schema
 from lightning_flashrl.streaming.storage import Allocator
 
-_MAX_LENGTH = 1 << 40
-"""Longer rows than any unit holds; with this bound sizes in bytes do not overflow."""
-
 
 @dataclass(frozen=True, slots=True)
 class QueueStatistics:
@@ -349,8 +346,8 @@ class Control:
             fields = self.ledger.wanted_fields(request.task, request.fields)
 
             def attempt() -> Grant | None:
-                lease = self.ledger.lease(self._now_s(), pool, request.demand, fields, request.owner, request.timeout_s)
-                return None if lease is None else Grant(lease, self.ledger.locate(lease.rows, fields))
+                taken = self.ledger.lease(self._now_s(), pool, request.demand, fields, request.owner, request.timeout_s)
+                return None if taken is None else Grant(*taken)
 
             ticket = Ticket(attempt, on_done, request.demand.replica_rank)
             self._lines.setdefault(pool, _Line()).tickets.append(ticket)
@@ -468,21 +465,16 @@ class Control:
             raise ValueError("fields of different numbers of rows")
         with self.lock:
             for column in written:
-                if (column.lengths < 0).any() or (column.lengths > _MAX_LENGTH).any():
-                    raise ValueError("lengths that no row has")
-                sizes = column.lengths * self.schema[column.field].entry_bytes
-                starts, ends = column.places[sizes > 0], (column.places + sizes)[sizes > 0]
-                if not len(starts):
-                    continue
-                allocator = self._allocator(int(starts[0]))
-                extent = None if allocator is None else allocator.find(int(starts[0]))
-                if (
+                start = int(column.places[0])
+                end = int(column.places[-1] + column.lengths[-1] * self.schema[column.field].entry_bytes)
+                allocator = self._allocator(start)
+                extent = None if allocator is None else allocator.find(start)
+                if start != end and (
                     extent is None
                     or extent.owner != owner
                     or extent.is_sealed
-                    or starts[0] < extent.place
-                    or ends[-1] > extent.place + extent.size_bytes
-                    or (starts[1:] < ends[:-1]).any()
+                    or start < extent.place
+                    or end > extent.place + extent.size_bytes
                 ):
                     raise ValueError("places that the writer was not granted")
 

@@ -35,8 +35,11 @@ from lightning_flashrl.streaming.rows import PagedArray, Rows, RowTable
 from lightning_flashrl.streaming.samplers import Candidates, Demand, OldestFirst, Sampler
 from lightning_flashrl.streaming.schema import Schema
 
-MAX_TASKS = 64
+MAX_TASKS = 62
 _REMEMBERED_ENDS = 4096
+_READY, _COMMITTED, _LEASES, _PLACES = range(4)
+"""What stands in a row's cells: fields written and tasks that committed, as bits; leases; then a place for each field,
+then a length for each field."""
 _TAG_DTYPES: dict[Any, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_}
 
 
@@ -196,11 +199,10 @@ class Ledger:
         self.num_cleared = 0
         self.num_bytes = 0
         self._table = RowTable()
-        self._ready = self._table.column(np.uint64)
-        self._committed = self._table.column(np.uint64)
-        self._num_leases = self._table.column(np.int32)
-        self._places = {name: self._table.column(np.int64) for name in schema}
-        self._lengths = {name: self._table.column(np.int64) for name in schema}
+        self._cells = self._table.column(np.int64, _PLACES + 2 * len(schema))
+        self._column = {name: index for index, name in enumerate(schema)}
+        self._entry_bytes = np.array([schema[name].entry_bytes for name in schema], np.int64)
+        self._bits = np.array([schema.bits((name,)) for name in schema], np.int64)
         self._tags: dict[str, PagedArray] = {
             name: self._table.column(_TAG_DTYPES[field.dtype]) for name, field in schema.items() if field.is_tag
         }
@@ -213,7 +215,7 @@ class Ledger:
         for index, (name, task) in enumerate(tasks.items()):
             fields = schema.select(task.fields or schema)
             self._tasks[name] = _TaskState(1 << index, fields, task.sampler)
-        self._all_tasks = np.uint64((1 << len(tasks)) - 1)
+        self._all_tasks = (1 << len(tasks)) - 1
         for name, state in self._tasks.items():
             self.pool(name, state.fields, state.sampler)
 
@@ -238,7 +240,7 @@ class Ledger:
             UnknownRowError: a row does not exist.
             DuplicateRowError: a row twice, or a field that the row has already.
         """
-        mask = np.uint64(self.schema.bits(column.field for column in written))
+        mask = self.schema.bits(column.field for column in written)
         if rows is None:
             if self.is_closed:
                 raise QueueClosedError
@@ -246,40 +248,46 @@ class Ledger:
             self.num_put += len(rows)
             for state in self._tasks.values():
                 state.num_open += len(rows)
-            before = np.zeros(len(rows), np.uint64)
+            cells = np.zeros((len(rows), _PLACES + 2 * len(self._column)), np.int64)
         else:
-            before = self._check_rows(rows, mask)
+            cells = self._check_rows(rows, mask)
         for column in written:
-            self._places[column.field][rows] = column.places
-            self._lengths[column.field][rows] = column.lengths
-            self.num_bytes += int(column.lengths.sum()) * self.schema[column.field].entry_bytes
-            if column.tags is not None and column.field in self._tags:
+            index = self._column[column.field]
+            cells[:, _PLACES + index] = column.places
+            cells[:, _PLACES + len(self._column) + index] = column.lengths
+            self.num_bytes += int(column.lengths.sum() * self._entry_bytes[index])
+            if column.tags is not None:
                 self._tags[column.field][rows] = column.tags
-        after = before | mask
-        self._ready[rows] = after
+        before = cells[:, _READY].copy()
+        cells[:, _READY] |= mask
+        self._cells[rows] = cells
+        after = cells[:, _READY]
         filled = []
         for state in self._tasks.values():
             for pool in state.pools:
-                wanted = np.uint64(pool.mask)
-                is_new = ((after & wanted) == wanted) & ((before & wanted) != wanted)
-                if is_new.any():
-                    self._add(rows if is_new.all() else rows[is_new], pool)
-                    filled.append(pool)
+                is_new = ((after & pool.mask) == pool.mask) & ((before & pool.mask) != pool.mask)
+                if is_new.all():
+                    self._add(rows, cells, pool)
+                elif is_new.any():
+                    self._add(rows[is_new], cells[is_new], pool)
+                else:
+                    continue
+                filled.append(pool)
         return rows, filled
 
-    def _check_rows(self, rows: Rows, mask: np.uint64) -> npt.NDArray[np.uint64]:
-        if len(np.unique(rows)) != len(rows):
+    def _check_rows(self, rows: Rows, mask: int) -> npt.NDArray[np.int64]:
+        if len(rows) > 1 and len(np.unique(rows)) != len(rows):
             values, counts = np.unique(rows, return_counts=True)
             raise DuplicateRowError(tuple(values[counts > 1].tolist()), "stand twice in one call")
         missing = self._table.missing(rows)
         if len(missing):
             raise UnknownRowError(tuple(missing.tolist()))
-        before: npt.NDArray[np.uint64] = self._ready[rows]
-        again = before & mask
+        cells: npt.NDArray[np.int64] = self._cells[rows]
+        again = cells[:, _READY] & mask
         if again.any():
             names = self.schema.names(int(np.bitwise_or.reduce(again)))
             raise DuplicateRowError(tuple(rows[again != 0].tolist()), f"have {', '.join(names)} already")
-        return before
+        return cells
 
     # ------------------------------------------------------------------ reading
     def pool(self, task: str, fields: Iterable[str] = (), sampler: Sampler | None = None) -> Pool:
@@ -302,17 +310,17 @@ class Ledger:
         state.pools.append(pool)
         rows = self._table.all_rows()
         leased = [lease.rows for lease in self._leases.values() if lease.task == task]
-        wanted = np.uint64(mask)
-        is_open = ((self._ready[rows] & wanted) == wanted) & ((self._committed[rows] & np.uint64(state.bit)) == 0)
-        rows = rows[is_open & ~np.isin(rows, np.concatenate(leased) if leased else [])]
-        if len(rows):
-            self._add(rows, pool)
+        cells = self._cells[rows]
+        is_open = ((cells[:, _READY] & mask) == mask) & ((cells[:, _COMMITTED] & state.bit) == 0)
+        chosen = is_open & ~np.isin(rows, np.concatenate(leased) if leased else [])
+        if chosen.any():
+            self._add(rows[chosen], cells[chosen], pool)
         return pool
 
     def lease(
         self, now_s: float, pool: Pool, demand: Demand, fields: tuple[str, ...], owner: str, timeout_s: float
-    ) -> LeaseRecord | None:
-        """Lease rows from a pool; ``None`` if the demand cannot be met yet.
+    ) -> tuple[LeaseRecord, list[Written]] | None:
+        """Lease rows from a pool, and say where they lie; ``None`` if the demand cannot be met yet.
 
         Raises:
             EndOfStream: it never will.
@@ -337,21 +345,23 @@ class Ledger:
         self._discard(state, taken, pool)
         lease = LeaseRecord(secrets.randbits(63), pool.task, owner, taken, fields, timeout_s, now_s + timeout_s)
         self._leases[lease.lease_id] = lease
-        self._num_leases[taken] = self._num_leases[taken] + 1
+        cells = self._cells[taken]
+        cells[:, _LEASES] += 1
+        self._cells[taken] = cells
         state.num_leased += len(taken)
         heapq.heappush(self._deadlines, (lease.deadline_s, lease.lease_id))
-        return lease
-
-    def locate(self, rows: Rows, fields: Iterable[str]) -> list[Written]:
-        """Return where the fields of rows lie."""
-        return [Written(name, self._places[name][rows], self._lengths[name][rows]) for name in fields]
+        located = []
+        for name in fields:
+            index = _PLACES + self._column[name]
+            located.append(Written(name, cells[:, index], cells[:, index + len(self._column)]))
+        return lease, located
 
     def _drop_stale(self, state: _TaskState, pool: Pool) -> None:
         stale = np.array(pool.sampler.take_stale(), dtype=np.int64)
         if len(stale):
             self._discard(state, stale, pool)
             state.num_stale += len(stale)
-            self._commit_rows(state, stale)
+            self._commit_rows(state, stale, self._cells[stale])
 
     def _discard(self, state: _TaskState, rows: Rows, but: Pool) -> None:
         for pool in state.pools:
@@ -380,10 +390,10 @@ class Ledger:
             LeaseLostError: the lease is not alive, or belongs to somebody else.
         """
         lease = self.check_lease(now_s, lease_id, task, owner)
-        rows = self._end(lease, "was committed before")
+        rows, cells = self._end(lease, "was committed before")
         state = self._tasks[lease.task]
         state.num_committed += len(rows)
-        self._commit_rows(state, rows)
+        self._commit_rows(state, rows, cells)
 
     def release(self, now_s: float, lease_id: int, task: str, owner: str) -> list[Pool]:
         """Give a lease's rows back, to be leased again. Returns the pools that have got them.
@@ -432,20 +442,20 @@ class Ledger:
         return filled
 
     def _give_back(self, lease: LeaseRecord, why: str) -> list[Pool]:
-        rows = self._end(lease, why)
+        rows, cells = self._end(lease, why)
+        self._cells[rows] = cells
         state = self._tasks[lease.task]
         state.num_redelivered += len(rows)
         filled = []
         for pool in state.pools:
-            wanted = np.uint64(pool.mask)
-            ready = rows[(self._ready[rows] & wanted) == wanted]
-            if len(ready):
-                self._add(ready, pool)
+            is_ready = (cells[:, _READY] & pool.mask) == pool.mask
+            if is_ready.any():
+                self._add(rows[is_ready], cells[is_ready], pool)
                 filled.append(pool)
         return filled
 
-    def _end(self, lease: LeaseRecord, why: str) -> Rows:
-        """Take a lease off its rows; return those that still exist."""
+    def _end(self, lease: LeaseRecord, why: str) -> tuple[Rows, npt.NDArray[np.int64]]:
+        """Take a lease off its rows; return those that still exist, and their cells, which must be written back."""
         del self._leases[lease.lease_id]
         self._ends[lease.lease_id] = why
         if len(self._ends) > _REMEMBERED_ENDS:
@@ -461,17 +471,20 @@ class Ledger:
                     self._freed.append((places, sizes))
             rows = rows[~is_held]
         self._tasks[lease.task].num_leased -= len(rows)
-        self._num_leases[rows] = self._num_leases[rows] - 1
-        return rows
+        cells: npt.NDArray[np.int64] = self._cells[rows]
+        cells[:, _LEASES] -= 1
+        return rows, cells
 
-    def _commit_rows(self, state: _TaskState, rows: Rows) -> None:
-        committed = self._committed[rows] | np.uint64(state.bit)
-        self._committed[rows] = committed
+    def _commit_rows(self, state: _TaskState, rows: Rows, cells: npt.NDArray[np.int64]) -> None:
+        cells[:, _COMMITTED] |= state.bit
+        self._cells[rows] = cells
         state.num_open -= len(rows)
         if self.clear_consumed:
-            done = rows[committed == self._all_tasks]
-            if len(done):
-                self._remove(done)
+            is_done = cells[:, _COMMITTED] == self._all_tasks
+            if is_done.all():
+                self._remove(rows, cells)
+            elif is_done.any():
+                self._remove(rows[is_done], cells[is_done])
 
     # ------------------------------------------------------------------ rows go
     def clear(self, rows: Rows | None = None) -> None:
@@ -486,19 +499,18 @@ class Ledger:
         """
         if rows is None:
             rows = self._table.all_rows()
-        self._check_rows(rows, np.uint64(0))
-        committed = self._committed[rows]
-        if self._num_leases[rows].any():
+        cells = self._check_rows(rows, 0)
+        if cells[:, _LEASES].any():
             for lease in self._leases.values():
                 self._tasks[lease.task].num_leased -= int(np.isin(lease.rows, rows).sum())
         for state in self._tasks.values():
-            unseen = rows[(committed & np.uint64(state.bit)) == 0]
-            state.num_open -= len(unseen)
-            if len(unseen):
+            is_unseen = (cells[:, _COMMITTED] & state.bit) == 0
+            state.num_open -= int(is_unseen.sum())
+            if is_unseen.any():
                 for pool in state.pools:
-                    for candidates in self._known(unseen, pool):
+                    for candidates in self._known(rows[is_unseen], cells[is_unseen], pool):
                         pool.feed(functools.partial(pool.sampler.drop, candidates))
-        self._remove(rows)
+        self._remove(rows, cells)
 
     def close(self) -> None:
         """No more rows will come."""
@@ -513,25 +525,18 @@ class Ledger:
         sizes = np.concatenate([sizes for _, sizes in freed])
         return places[sizes > 0], sizes[sizes > 0]
 
-    def _remove(self, rows: Rows) -> None:
-        ready = self._ready[rows]
-        num_leases = self._num_leases[rows]
-        is_leased = num_leases > 0
-        free = ~is_leased
-        for name in self.schema:
-            has = (ready & np.uint64(self.schema.bits((name,)))) != 0
-            sizes = self._lengths[name][rows] * self.schema[name].entry_bytes
-            self.num_bytes -= int(sizes[has].sum())
-            if (has & free).any():
-                self._freed.append((self._places[name][rows[has & free]], sizes[has & free]))
-        for row, count, word in zip(
-            rows[is_leased].tolist(), num_leases[is_leased].tolist(), ready[is_leased].tolist(), strict=True
-        ):
-            one = np.array([row])
-            names = self.schema.names(word)
-            places = np.concatenate([self._places[name][one] for name in names])
-            sizes = np.concatenate([self._lengths[name][one] * self.schema[name].entry_bytes for name in names])
-            self._held[row] = (count, places, sizes)
+    def _remove(self, rows: Rows, cells: npt.NDArray[np.int64]) -> None:
+        num_fields = len(self._column)
+        has = (cells[:, _READY, None] & self._bits) != 0  # [N, F]
+        places = cells[:, _PLACES : _PLACES + num_fields]
+        sizes = cells[:, _PLACES + num_fields :] * self._entry_bytes * has
+        self.num_bytes -= int(sizes.sum())
+        is_leased = cells[:, _LEASES] > 0
+        if is_leased.any():
+            for index in np.flatnonzero(is_leased).tolist():
+                self._held[int(rows[index])] = (int(cells[index, _LEASES]), places[index], sizes[index])
+            places, sizes = places[~is_leased], sizes[~is_leased]
+        self._freed.append((places.ravel(), sizes.ravel()))
         self._table.remove(rows)
         self.num_cleared += len(rows)
 
@@ -579,19 +584,19 @@ class Ledger:
             names.append(name)
         return tuple(names)
 
-    def _add(self, rows: Rows, pool: Pool) -> None:
-        pool.feed(functools.partial(pool.sampler.add, self._candidates(rows, pool)))
+    def _add(self, rows: Rows, cells: npt.NDArray[np.int64], pool: Pool) -> None:
+        pool.feed(functools.partial(pool.sampler.add, self._candidates(rows, cells, pool)))
 
-    def _candidates(self, rows: Rows, pool: Pool) -> Candidates:
+    def _candidates(self, rows: Rows, cells: npt.NDArray[np.int64], pool: Pool) -> Candidates:
         num_tokens = np.zeros(len(rows), np.int64)
         for name in pool.token_fields:
-            num_tokens += self._lengths[name][rows]
+            num_tokens += cells[:, _PLACES + len(self._column) + self._column[name]]
         return Candidates(rows, num_tokens, {tag: self._tags[tag][rows] for tag in pool.sampler.tags})
 
-    def _known(self, rows: Rows, pool: Pool) -> list[Candidates]:
+    def _known(self, rows: Rows, cells: npt.NDArray[np.int64], pool: Pool) -> list[Candidates]:
         """Return rows with the tags that were written: one part with all of them, one with none."""
-        wanted = np.uint64(self.schema.bits(pool.sampler.tags))
-        has_tags = (self._ready[rows] & wanted) == wanted
-        with_tags = self._candidates(rows[has_tags], pool)
+        wanted = self.schema.bits(pool.sampler.tags)
+        has_tags = (cells[:, _READY] & wanted) == wanted
+        with_tags = self._candidates(rows[has_tags], cells[has_tags], pool)
         without = Candidates(rows[~has_tags], np.zeros(int((~has_tags).sum()), np.int64))
         return [part for part in (with_tags, without) if len(part.rows)]

@@ -39,12 +39,20 @@ class FieldSpec(Message, frozen=True):
 
 
 class WrittenSpec(Message, frozen=True):
-    """A field of some rows: where they begin, how long they are, and their values if samplers may look at them."""
+    """A field that was written, one row after the other: where, how long each is, and values that samplers look at."""
+
+    field: str
+    place: int
+    lengths: bytes
+    tags: bytes | None = None
+
+
+class LocatedSpec(Message, frozen=True):
+    """A field of some rows: where each of them begins, and how long it is."""
 
     field: str
     places: bytes
     lengths: bytes
-    tags: bytes | None = None
 
 
 # --------------------------------------------------------------------------- client → server
@@ -164,7 +172,7 @@ class Leased(Message, frozen=True):
 
     lease_id: int
     rows: bytes
-    written: tuple[WrittenSpec, ...]
+    located: tuple[LocatedSpec, ...]
 
 
 class Done(Message, frozen=True):
@@ -225,7 +233,7 @@ def pack_written(written: Sequence[Written]) -> tuple[WrittenSpec, ...]:
     return tuple(
         WrittenSpec(
             column.field,
-            column.places.tobytes(),
+            int(column.places[0]),
             column.lengths.tobytes(),
             None if column.tags is None else column.tags.tobytes(),
         )
@@ -243,18 +251,31 @@ def unpack_written(specs: Sequence[WrittenSpec], schema: Schema) -> list[Written
     written = []
     for spec in specs:
         field = schema[spec.field]
-        places, lengths = numbers(spec.places), numbers(spec.lengths)
+        lengths = np.frombuffer(spec.lengths, np.int64)
         tags: npt.NDArray[Any] | None = None
         if field.is_tag:
-            tags = np.frombuffer(spec.tags or b"", _TAG_DTYPES[field.dtype]).copy()
-        if not len(places) == len(lengths) == (len(lengths) if tags is None else len(tags)):
+            tags = np.frombuffer(spec.tags or b"", _TAG_DTYPES[field.dtype])
+        if tags is not None and len(tags) != len(lengths):
             raise ValueError("arrays of different lengths")
-        if not field.is_ragged and (lengths != 1).any():
-            raise ValueError("rows of fixed shape have one entry")
-        written.append(Written(spec.field, places, lengths, tags))
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > (_MAX_LENGTH if field.is_ragged else 1)):
+            raise ValueError("lengths that no row has")
+        sizes = lengths * field.entry_bytes
+        written.append(Written(spec.field, np.cumsum(sizes) - sizes + spec.place, lengths, tags))
     return written
 
 
+def pack_located(located: Sequence[Written]) -> tuple[LocatedSpec, ...]:
+    """Make a message of where rows lie."""
+    return tuple(LocatedSpec(column.field, column.places.tobytes(), column.lengths.tobytes()) for column in located)
+
+
+def unpack_located(specs: Sequence[LocatedSpec]) -> list[Written]:
+    """Return where rows lie."""
+    return [Written(spec.field, numbers(spec.places), numbers(spec.lengths)) for spec in specs]
+
+
+_MAX_LENGTH = 1 << 40
+"""Longer rows than any unit holds; with this bound sizes in bytes do not overflow."""
 _TAG_DTYPES: dict[Any, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_}
 _PYTHON_TYPES = {kind.__name__: kind for kind in (int, float, bool, str, bytes)}
 

@@ -8,21 +8,30 @@ import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
-PAGE = 4096
+_SHIFT = 12
+PAGE = 1 << _SHIFT
 """Rows of consecutive number whose values live and go together."""
+_IN_PAGE = PAGE - 1
 
 
 class PagedArray:
-    """One number per row, for rows whose numbers only grow. Pages are made when first written and dropped as a whole.
+    """One number, or a fixed number of them, per row, for rows whose numbers only grow.
 
-    >>> ready = PagedArray(np.uint64)
-    >>> ready[np.array([3, 70_000])] = np.uint64(5)
+    Pages are made when first written and dropped as a whole; what was never written reads as zero.
+
+    Args:
+        dtype: of the numbers.
+        width: numbers per row; 0 for one without a dimension of its own.
+
+    >>> ready = PagedArray(np.int64)
+    >>> ready[np.array([3, 70_000])] = 5
     >>> ready[np.array([70_000, 4])].tolist(), ready.num_pages
     ([5, 0], 2)
     """
 
-    def __init__(self, dtype: npt.DTypeLike) -> None:
+    def __init__(self, dtype: npt.DTypeLike, width: int = 0) -> None:
         self._dtype = np.dtype(dtype)
+        self._inner = (width,) if width else ()
         self._pages: dict[int, npt.NDArray[Any]] = {}
 
     @property
@@ -31,32 +40,34 @@ class PagedArray:
         return len(self._pages)
 
     def __getitem__(self, rows: Rows) -> npt.NDArray[Any]:
-        numbers = rows >> 12
-        if len(rows) and numbers[0] == numbers[-1] and (numbers == numbers[0]).all():
-            page = self._pages.get(int(numbers[0]))
-            return np.zeros(len(rows), self._dtype) if page is None else page[rows & (PAGE - 1)]
-        values = np.zeros(len(rows), self._dtype)
+        number = _one_page(rows)
+        if number is not None:
+            page = self._pages.get(number)
+            return np.zeros((len(rows), *self._inner), self._dtype) if page is None else page[rows & _IN_PAGE]
+        values = np.zeros((len(rows), *self._inner), self._dtype)
+        numbers = rows >> _SHIFT
         for number in np.unique(numbers).tolist():
             page = self._pages.get(number)
             if page is not None:
                 chosen = numbers == number
-                values[chosen] = page[rows[chosen] & (PAGE - 1)]
+                values[chosen] = page[rows[chosen] & _IN_PAGE]
         return values
 
     def __setitem__(self, rows: Rows, values: Any) -> None:
-        numbers = rows >> 12
-        if len(rows) and numbers[0] == numbers[-1] and (numbers == numbers[0]).all():
-            self._page(int(numbers[0]))[rows & (PAGE - 1)] = values
+        number = _one_page(rows)
+        if number is not None:
+            self._page(number)[rows & _IN_PAGE] = values
             return
-        values = np.broadcast_to(np.asarray(values, self._dtype), rows.shape)
+        values = np.broadcast_to(np.asarray(values, self._dtype), (len(rows), *self._inner))
+        numbers = rows >> _SHIFT
         for number in np.unique(numbers).tolist():
             chosen = numbers == number
-            self._page(number)[rows[chosen] & (PAGE - 1)] = values[chosen]
+            self._page(number)[rows[chosen] & _IN_PAGE] = values[chosen]
 
     def _page(self, number: int) -> npt.NDArray[Any]:
         page = self._pages.get(number)
         if page is None:
-            page = self._pages[number] = np.zeros(PAGE, self._dtype)
+            page = self._pages[number] = np.zeros((PAGE, *self._inner), self._dtype)
         return page
 
     def drop_page(self, number: int) -> None:
@@ -77,9 +88,9 @@ class RowTable:
         self._num_in_page: dict[int, int] = {}
         self._arrays: list[PagedArray] = []
 
-    def column(self, dtype: npt.DTypeLike) -> PagedArray:
+    def column(self, dtype: npt.DTypeLike, width: int = 0) -> PagedArray:
         """Return a new array about the rows; zero where nothing was written."""
-        array = PagedArray(dtype)
+        array = PagedArray(dtype, width)
         self._arrays.append(array)
         return array
 
@@ -95,7 +106,7 @@ class RowTable:
 
     def missing(self, rows: Rows) -> Rows:
         """Return those of the rows that do not exist."""
-        absent: Rows = rows[(rows < 0) | ~self._exists[np.maximum(rows, 0)]]
+        absent: Rows = rows[~self._exists[rows]]
         return absent
 
     def remove(self, rows: Rows) -> None:
@@ -119,9 +130,19 @@ class RowTable:
         return np.concatenate(found)
 
 
+def _one_page(rows: Rows) -> int | None:
+    """Return the page in which all rows lie, if it is one."""
+    if not len(rows):
+        return None
+    number = int(rows[0]) >> _SHIFT
+    if len(rows) == 1 or (int(rows[-1]) >> _SHIFT == number and bool(((rows >> _SHIFT) == number).all())):
+        return number
+    return None
+
+
 def _count_pages(rows: Rows) -> list[tuple[int, int]]:
-    numbers = rows >> 12
-    if len(numbers) and (numbers == numbers[0]).all():
-        return [(int(numbers[0]), len(numbers))]
-    pages, counts = np.unique(numbers, return_counts=True)
+    number = _one_page(rows)
+    if number is not None:
+        return [(number, len(rows))]
+    pages, counts = np.unique(rows >> _SHIFT, return_counts=True)
     return list(zip(pages.tolist(), counts.tolist(), strict=True))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_flashrl.errors import ConfigurationError, SchemaMismatchError, UnknownFieldError
 
-MAX_FIELDS = 64
+MAX_FIELDS = 62
 """A row's readiness is one 64-bit word."""
 Scalar: TypeAlias = "int | float | bool | str | bytes"
 Lengths: TypeAlias = npt.NDArray[np.int64]

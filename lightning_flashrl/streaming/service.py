@@ -288,7 +288,7 @@ class TransferQueueServer:
             answer = protocol.pack_error(ticket.error)
         elif isinstance(ticket.answer, Grant):
             lease = ticket.answer.lease
-            answer = protocol.Leased(lease.lease_id, lease.rows.tobytes(), protocol.pack_written(ticket.answer.written))
+            answer = protocol.Leased(lease.lease_id, lease.rows.tobytes(), protocol.pack_located(ticket.answer.written))
         else:
             answer = protocol.Stored(ticket.answer.tobytes())
         self._answers.append((peer, request_id, protocol.encode(answer)))
@@ -490,11 +490,7 @@ class TransferQueueClient(QueueVerbs):
             request.timeout_s,
             self._connection().heard_s + request.timeout_s,  # the lease began later than that
         )
-        written = [
-            Written(spec.field, protocol.numbers(spec.places), protocol.numbers(spec.lengths))
-            for spec in answer.written
-        ]
-        return self._open(Grant(lease, written))
+        return self._open(Grant(lease, protocol.unpack_located(answer.located)))
 
     def _commit(self, lease_id: int, task: str) -> None:
         self._ask(protocol.EndLease(lease_id, task, True), protocol.Done)

@@ -77,7 +77,7 @@ class LedgerMachine(RuleBasedStateMachine):
         pool = self.ledger.pool(task, fields)
         open_rows = set(self.written) - self.committed[task]
         try:
-            lease = self.ledger.lease(self.now_s, pool, Demand(count, allow_partial=partial), fields, "me", 10.0)
+            taken = self.ledger.lease(self.now_s, pool, Demand(count, allow_partial=partial), fields, "me", 10.0)
         except EndOfStream:
             assert self.ledger.is_closed
             assert not open_rows
@@ -86,10 +86,14 @@ class LedgerMachine(RuleBasedStateMachine):
         leased_by_others = set().union(*(rows for name, rows, _ in self.leases.values() if name == task))
         is_last = self.ledger.is_closed and len(ready) == len(open_rows - leased_by_others)
         if len(ready) < count and not ((partial or is_last) and ready):
-            assert lease is None
+            assert taken is None
             return
-        assert lease is not None
+        assert taken is not None
+        lease, located = taken
         assert lease.rows.tolist() == sorted(ready)[:count]
+        for column in located:
+            expected = [self.cells[row, column.field] for row in lease.rows.tolist()]
+            assert column.places.tolist() == expected
         self.leases[lease.lease_id] = (task, set(lease.rows.tolist()), self.now_s + 10.0)
 
     @precondition(lambda self: self.leases)
@@ -362,7 +366,7 @@ class TestMemory:
             for _ in range(12):
                 queue.put({"x": list(range(5000))})
                 queue.commit(queue.lease("t", count=5000))
-            assert queue.control.ledger._ready.num_pages <= 2
+            assert queue.control.ledger._cells.num_pages <= 2
 
 
 def test_a_waiting_consumer_gets_rows_of_a_group_whose_last_member_was_cleared() -> None:

@@ -56,15 +56,16 @@ class TestStrangers:
         keys = JobKeys.derive("secret")
         owner = b"o" * 16
         with TransferQueue(FIELDS, ["t"], secret="secret") as queue, TransferQueueServer(queue) as server:
-            row = protocol.WrittenSpec("x", b"\0" * 8, (10**12).to_bytes(8, "little"))
-            negative = protocol.WrittenSpec("x", (-5).to_bytes(8, "little", signed=True), (8).to_bytes(8, "little"))
-            odd = protocol.WrittenSpec("x", b"\0" * 7, b"\0" * 8)
+            long = protocol.WrittenSpec("x", 1 << 24, (10**12).to_bytes(8, "little"))
+            negative = protocol.WrittenSpec("x", 0, (-8).to_bytes(8, "little", signed=True))
+            nowhere = protocol.WrittenSpec("x", -5, (8).to_bytes(8, "little"))
+            odd = protocol.WrittenSpec("x", 0, b"\0" * 7)
             nonsense = [
                 b"",
                 b"\xc1",
                 b"\xff" * 500,
-                *(protocol.encode(protocol.Put((spec,), None, None, 0.0)) for spec in (row, negative, odd)),
-                protocol.encode(protocol.Put((protocol.WrittenSpec("y", b"", b""),), None, None, 0.0)),
+                *(protocol.encode(protocol.Put((spec,), None, None, 0.0)) for spec in (long, negative, nowhere, odd)),
+                protocol.encode(protocol.Put((protocol.WrittenSpec("y", 0, b""),), None, None, 0.0)),
                 protocol.encode(protocol.Put((), None, None, 0.0)),
                 protocol.encode(protocol.EndLease(5, "t", True)),
                 protocol.encode(protocol.Clear(b"123")),
