@@ -23,6 +23,7 @@
     │   ├── RecoveryBudgetExhaustedError
     │   ├── ReplayMismatchError
     │   ├── SnapshotTooLargeError
+    │   ├── StalenessExceededError
     │   └── UserCodeError
     ├── EndOfStream                          the normal end for who reads
     └── QueueClosedError                     a write after the end
@@ -325,6 +326,23 @@ class SnapshotTooLargeError(FatalError):
         return (
             f"the rank-local state has {self.size_bytes} bytes, its slot holds {self.capacity_bytes}; keep large "
             "tensors in parameters or optimizer state, or raise FLASHRL_SLOT_MB"
+        )
+
+
+class StalenessExceededError(FatalError):
+    """A row is, or would be, trained under too new a policy version: an invariant of this package broke."""
+
+    def __init__(self, version: int, max_staleness: int, num_rows: int, room: int) -> None:
+        super().__init__(version, max_staleness, num_rows, room)
+        self.version = version
+        self.max_staleness = max_staleness
+        self.num_rows = num_rows
+        self.room = room
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_rows} row(s) exceed max_staleness={self.max_staleness} at policy version {self.version}, with "
+            f"room for {self.room}; this is an error of lightning_flashrl, please report it"
         )
 
 

@@ -1,0 +1,5 @@
+"""Versioned weights, from the trainer to the rollouts, and how old a row may be when it is trained."""
+
+from lightning_flashrl.weights.staleness import Decision, StalenessGate
+
+__all__ = ["Decision", "StalenessGate"]
