@@ -147,11 +147,15 @@ class Welcome(Message, frozen=True):
         fields: the schema.
         lease_timeout_s: how long a lease lasts.
         units: the storage units.
+        local_address: abstract Unix socket of the server, for clients on its host.
+        local_token: what the first frame there must begin with.
     """
 
     fields: tuple[FieldSpec, ...]
     lease_timeout_s: float
     units: tuple[UnitSpec, ...]
+    local_address: str
+    local_token: bytes
 
 
 class ExtentGranted(Message, frozen=True):

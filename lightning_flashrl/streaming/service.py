@@ -9,19 +9,26 @@ client                    the answer to its request                      the ser
 
 Only decisions pass the server. On the server's host a client maps the storage units' memory and copies rows itself;
 elsewhere it asks the units. Everybody needs the queue's secret: the connection is authenticated and encrypted by
-CURVE, messages are decoded into the types of :mod:`lightning_flashrl.streaming.protocol` and nothing else.
+CURVE, messages are decoded into the types of :mod:`lightning_flashrl.streaming.protocol` and nothing else. A client on
+the server's host is then told a Unix socket, which answers in a third of the time and tells at once that a client is
+gone; it is open only to processes of the same user that name a token.
 """
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import functools
+import hmac
 import itertools
 import os
 import secrets
+import socket
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -30,6 +37,7 @@ import zmq
 
 from lightning_flashrl import clock
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
+from lightning_flashrl.messaging.frames import CHUNK_BYTES, FrameBuffer, FrameChannel, frame
 from lightning_flashrl.messaging.loop import EventLoop, Timer
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
 from lightning_flashrl.streaming import protocol
@@ -43,10 +51,18 @@ from lightning_flashrl.streaming.storage import Writer
 from lightning_flashrl.streaming.unit import RemoteAccess, UnitServer, UnitSpec
 
 _OWNER_BYTES = 16
+_TOKEN_BYTES = 32
+_NUMBER_BYTES = 8
+_ANCHOR, _THREAD = b"A", b"T"
+"""After the token: the connection that lives as long as its client, or one of the client's threads."""
+_SILENCE_S = 10.0
+"""A client that waits over TCP says each second that it still does; without that its place goes to others."""
 _PING_INTERVAL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 _SESSION_TIMEOUT_S = 600.0
 _BACKLOG = 4096
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user and group at the other end of a Unix socket."""
 _AnswerT = TypeVar("_AnswerT", bound=protocol.Message)
 Transport = Literal["auto", "shared_memory", "socket"]
 
@@ -107,7 +123,8 @@ class TransferQueueServer:
             msgspec.structs.replace(spec, endpoint=spec.endpoint or self._units[0].endpoint)
             for spec in queue.unit_specs
         )
-        self._tickets: dict[tuple[bytes, bytes], tuple[Ticket, Timer | None]] = {}
+        self._door_local = _LocalDoor(self._loop, self._on_local_frame, self._on_local_end)
+        self._tickets: dict[tuple[bytes, bytes], _Waiting] = {}
         self._answers: collections.deque[tuple[bytes, bytes, bytes]] = collections.deque()
         self._owners: dict[bytes, float] = {}
         self._expiry: Timer | None = None
@@ -115,7 +132,7 @@ class TransferQueueServer:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._loop.add_reader(self._socket, self._on_readable)
         self._loop.add_reader(self._wake_fd, self._on_wake)
-        self._loop.call_every(session_timeout_s / 4, self._forget_silent_owners)
+        self._loop.call_every(min(session_timeout_s / 4, _SILENCE_S / 4), self._forget_silent_owners)
         self._thread = threading.Thread(target=self._serve, name="flashrl-queue", daemon=True)
         self._thread.start()
 
@@ -145,9 +162,10 @@ class TransferQueueServer:
     # ------------------------------------------------------------------ the thread
     def _serve(self) -> None:
         self._loop.run_until(lambda: self._is_over)
-        for ticket, _ in self._tickets.values():
-            self.queue.control.cancel(ticket)
+        for waiting in self._tickets.values():
+            self.queue.control.cancel(waiting.ticket)
         self._flush()
+        self._door_local.close()
         self._loop.remove(self._socket)
         self._socket.close()
         self._door.close()
@@ -163,7 +181,9 @@ class TransferQueueServer:
 
     def _flush(self) -> None:
         while self._answers:
-            self._socket.send_multipart(self._answers.popleft())
+            peer, request_id, payload = self._answers.popleft()
+            if not self._door_local.send(peer, request_id + payload):
+                self._socket.send_multipart([peer, request_id, payload])
 
     def _on_readable(self) -> None:
         for _ in range(256):  # then other sources have their turn
@@ -171,16 +191,34 @@ class TransferQueueServer:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            self._on_frames(frames)
+            if len(frames) == 4:
+                self._on_request(*frames)
+            else:
+                self.num_undecodable += 1
+        self._after_requests()
+
+    def _on_local_frame(self, peer: bytes, frame: bytes) -> None:
+        number, owner = frame[:_NUMBER_BYTES], frame[_NUMBER_BYTES : _NUMBER_BYTES + _OWNER_BYTES]
+        self._on_request(peer, number, owner, frame[_NUMBER_BYTES + _OWNER_BYTES :])
+        self._after_requests()
+
+    def _on_local_end(self, peer: bytes, owner: bytes | None) -> None:
+        """A connection has ended; with its first one the client has (``owner``)."""
+        for key in [key for key in self._tickets if key[0] == peer]:
+            self.queue.control.cancel(self._tickets.pop(key).ticket)
+        if owner is not None and self._owners.pop(owner, None) is not None:
+            self.queue.control.forget_owner(owner.hex())
+        self._after_requests()
+
+    def _after_requests(self) -> None:
         self._flush()
         self._arm_expiry()
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+    def _on_request(self, peer: bytes, request_id: bytes, owner: bytes, payload: bytes) -> None:
         try:
-            peer, request_id, owner, payload = frames
             request = protocol.decode_request(payload)
-            if len(owner) != _OWNER_BYTES:
-                raise ValueError("no owner")
+            if len(owner) != _OWNER_BYTES or len(request_id) != _NUMBER_BYTES:
+                raise ValueError("no owner or number")
         except (ValueError, msgspec.MsgspecError):
             self.num_undecodable += 1
             return
@@ -225,7 +263,8 @@ class TransferQueueServer:
                 return protocol.StatisticsAre(msgspec.json.encode(control.statistics()))
             case protocol.Hello():
                 fields = protocol.pack_schema(self.queue.schema)
-                return protocol.Welcome(fields, self.queue.lease_timeout_s, self._specs)
+                door = self._door_local
+                return protocol.Welcome(fields, self.queue.lease_timeout_s, self._specs, door.address, door.token)
             case protocol.Cancel(request_id=number):
                 self._cancel(peer, number.to_bytes(8, "little"), owner)
                 return None
@@ -242,7 +281,9 @@ class TransferQueueServer:
         control.check_written(written, rows, owner)
         lease = None if request.lease is None else (*request.lease, owner)
         ticket = control.put(written, rows, lambda ticket: self._on_done(peer, request_id, ticket), lease)
-        self._wait(peer, request_id, ticket, request.timeout_s, lambda: control.full_error(request.timeout_s or 0.0))
+        self._wait(
+            peer, request_id, owner, ticket, request.timeout_s, lambda: control.full_error(request.timeout_s or 0.0)
+        )
 
     def _lease(self, peer: bytes, request_id: bytes, owner: str, request: protocol.TakeLease) -> None:
         control = self.queue.control
@@ -257,16 +298,22 @@ class TransferQueueServer:
         asked = LeaseRequest(request.task, request.fields, demand, owner, request.lease_timeout_s, request.sampler)
         ticket = control.lease(asked, lambda ticket: self._on_done(peer, request_id, ticket))
         self._wait(
-            peer, request_id, ticket, request.timeout_s, lambda: control.timeout_error(asked, request.timeout_s or 0.0)
+            peer,
+            request_id,
+            owner,
+            ticket,
+            request.timeout_s,
+            lambda: control.timeout_error(asked, request.timeout_s or 0.0),
         )
 
     def _wait(
         self,
         peer: bytes,
         request_id: bytes,
+        owner: str,
         ticket: Ticket,
         timeout_s: float | None,
-        too_late: Any,
+        too_late: Callable[[], FlashRLError],
     ) -> None:
         """Remember a ticket that has no answer yet."""
         if ticket.is_done:
@@ -279,7 +326,7 @@ class TransferQueueServer:
                 self._flush()
 
         timer = None if timeout_s is None else self._loop.call_later(timeout_s, on_timeout)
-        self._tickets[peer, request_id] = (ticket, timer)
+        self._tickets[peer, request_id] = _Waiting(ticket, bytes.fromhex(owner), timer)
 
     def _on_done(self, peer: bytes, request_id: bytes, ticket: Ticket) -> None:
         """Answer a ticket. Called in whichever thread made it possible."""
@@ -296,19 +343,18 @@ class TransferQueueServer:
             self._wake()
 
     def _cancel(self, peer: bytes, request_id: bytes, owner: str) -> None:
-        ticket, timer = self._tickets.pop((peer, request_id), (None, None))
-        if timer is not None:
-            timer.cancel()
-        if ticket is not None and not self.queue.control.cancel(ticket) and isinstance(ticket.answer, Grant):
-            lease = ticket.answer.lease
+        waiting = self._tickets.pop((peer, request_id), None)
+        if waiting is None:
+            return
+        waiting.stop()
+        if not self.queue.control.cancel(waiting.ticket) and isinstance(waiting.ticket.answer, Grant):
+            lease = waiting.ticket.answer.lease
             self.queue.control.release(lease.lease_id, lease.task, owner)
 
     # ------------------------------------------------------------------ time
     def _arm_expiry(self) -> None:
-        for key in [key for key, (ticket, _) in self._tickets.items() if ticket.is_done]:
-            timer = self._tickets.pop(key)[1]
-            if timer is not None:
-                timer.cancel()
+        for key in [key for key, waiting in self._tickets.items() if waiting.ticket.is_done]:
+            self._tickets.pop(key).stop()
         due_s = self.queue.control.tick()
         if due_s is None or (self._expiry is not None and self._expiry.callback and self._expiry.due_s <= due_s):
             return
@@ -323,11 +369,129 @@ class TransferQueueServer:
 
     def _forget_silent_owners(self) -> None:
         now_s = clock.now_s()
+        for key, waiting in list(self._tickets.items()):
+            if now_s - self._owners.get(waiting.owner, now_s) > _SILENCE_S:
+                self._tickets.pop(key).stop()
+                self.queue.control.cancel(waiting.ticket)
         for owner, heard_s in list(self._owners.items()):
             if now_s - heard_s > self._session_timeout_s:
                 del self._owners[owner]
                 self.queue.control.forget_owner(owner.hex())
         self._flush()
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request that has no answer yet, and whose it is."""
+
+    ticket: Ticket
+    owner: bytes
+    timer: Timer | None
+
+    def stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class _LocalDoor:
+    """A Unix socket without a path, for clients of the same user that know the token.
+
+    Args:
+        loop: calls this object back.
+        on_frame: takes each frame of a client that was let in, with the name of its connection.
+        on_end: is told that a connection has ended, and whose client that was if it was the client's first.
+
+    Attributes:
+        address: in the abstract namespace, without the leading zero.
+        token: what the first frame must begin with.
+        num_refused: connections of other users, or without the token.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        on_frame: Callable[[bytes, bytes], None],
+        on_end: Callable[[bytes, bytes | None], None],
+    ) -> None:
+        self.address = f"flashrl-queue-{secrets.token_hex(16)}"
+        self.token = secrets.token_bytes(_TOKEN_BYTES)
+        self.num_refused = 0
+        self._loop = loop
+        self._on_frame = on_frame
+        self._on_end = on_end
+        self._numbers = itertools.count()
+        self._channels: dict[bytes, FrameChannel] = {}
+        self._let_in: dict[bytes, bytes | None] = {}  # connection → client, if it is the client's first
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.setblocking(False)
+        self._socket.bind(f"\0{self.address}")
+        self._socket.listen(_BACKLOG)
+        loop.add_reader(self._socket.fileno(), self._on_connection)
+
+    def _on_connection(self) -> None:
+        try:
+            accepted, _ = self._socket.accept()
+        except OSError:  # gone again
+            return
+        credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
+            self.num_refused += 1
+            accepted.close()
+            return
+        peer = b"local-%d" % next(self._numbers)
+        channel = self._channels[peer] = FrameChannel(accepted)
+        self._loop.add_reader(channel.fileno(), functools.partial(self._on_readable, peer))
+
+    def _on_readable(self, peer: bytes) -> None:
+        channel = self._channels[peer]
+        for received in channel.receive():
+            if peer in self._let_in:
+                self._on_frame(peer, received)
+            elif hmac.compare_digest(received[:_TOKEN_BYTES], self.token):
+                kind, owner = received[_TOKEN_BYTES : _TOKEN_BYTES + 1], received[_TOKEN_BYTES + 1 :]
+                self._let_in[peer] = owner if kind == _ANCHOR else None
+            else:
+                self.num_refused += 1
+                channel.is_open = False
+                break
+        if not channel.is_open and peer in self._channels:
+            self._end(peer)
+
+    def _end(self, peer: bytes) -> None:
+        channel = self._channels.pop(peer)
+        self._loop.remove(channel.fileno())
+        channel.close()
+        if peer in self._let_in:
+            self._on_end(peer, self._let_in.pop(peer))
+
+    def send(self, peer: bytes, frame: bytes) -> bool:
+        """Send a frame; ``False`` if the name is not that of a connection here."""
+        if not peer.startswith(b"local-"):
+            return False
+        channel = self._channels.get(peer)
+        if channel is not None:
+            channel.send(frame)
+            self._write_later(channel)
+        return True
+
+    def _write_later(self, channel: FrameChannel) -> None:
+        if not channel.has_pending:
+            self._loop.set_writer(channel.fileno(), None)
+            return
+
+        def on_writable() -> None:
+            channel.flush()
+            self._write_later(channel)
+
+        self._loop.set_writer(channel.fileno(), on_writable)
+
+    def close(self) -> None:
+        self._loop.remove(self._socket.fileno())
+        self._socket.close()
+        for channel in self._channels.values():
+            self._loop.remove(channel.fileno())
+            channel.close()
+        self._channels.clear()
 
 
 class _UnitThread:
@@ -393,15 +557,37 @@ class TransferQueueClient(QueueVerbs):
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._local = threading.local()
         self._is_open = True
+        self._anchor: socket.socket | None = None
+        self._local_door: tuple[str, bytes] | None = None
         try:
             welcome = self._ask(protocol.Hello(), protocol.Welcome)
+            self._go_local(welcome)
             self.schema = protocol.unpack_schema(welcome.fields)
             self.lease_timeout_s = welcome.lease_timeout_s
             self.units = [self._access(spec) for spec in welcome.units]
         except BaseException:
-            self._context.destroy(linger=0)
+            self._close_sockets(linger_ms=0)
             raise
         self._writer = Writer(self.schema, self.units, self._grant, self._seal)
+
+    def _go_local(self, welcome: protocol.Welcome) -> None:
+        """Use the server's Unix socket if this is its host."""
+        if self._transport == "socket":
+            return
+        try:
+            self._anchor = _enter(welcome.local_address, welcome.local_token, _ANCHOR, self._owner_id)
+        except OSError:
+            return
+        self._local_door = (welcome.local_address, welcome.local_token)
+        self._local = threading.local()  # the first connection has done its part
+
+    def _close_sockets(self, linger_ms: int) -> None:
+        connection: _Connection | None = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close(linger_ms)
+        self._context.destroy(linger=linger_ms)
+        if self._anchor is not None:
+            self._anchor.close()
 
     def _access(self, spec: UnitSpec) -> UnitAccess:
         if self._transport != "socket":
@@ -432,11 +618,11 @@ class TransferQueueClient(QueueVerbs):
         """End this client: its leases go back. The queue goes on."""
         if self._is_open:
             self._is_open = False
-            with contextlib.suppress(zmq.ZMQError):
+            with contextlib.suppress(zmq.ZMQError, OSError, QueueUnavailableError):
                 self._connection().send(protocol.Goodbye(), self._owner_id)
             for unit in self.units:
                 unit.close()
-            self._context.destroy(linger=1000)
+            self._close_sockets(linger_ms=1000)
 
     def __enter__(self) -> Self:
         return self
@@ -516,7 +702,10 @@ class TransferQueueClient(QueueVerbs):
             )
         connection: _Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = _Connection(self._context, self.endpoint, self._keys, self._answer_timeout_s)
+            if self._local_door is not None:
+                connection = _LocalConnection(*self._local_door, self._owner_id, self.endpoint, self._answer_timeout_s)
+            else:
+                connection = _RemoteConnection(self._context, self.endpoint, self._keys, self._answer_timeout_s)
             self._local.connection = connection
         return connection
 
@@ -525,30 +714,43 @@ def _connect(endpoint: str, secret: str, transport: Transport, answer_timeout_s:
     return TransferQueueClient(endpoint, secret, transport=transport, answer_timeout_s=answer_timeout_s)
 
 
-class _Connection:
-    """One thread's socket to the server.
+def _enter(address: str, token: bytes, kind: bytes, owner: bytes) -> socket.socket:
+    """Connect to the server's Unix socket.
+
+    Raises:
+        OSError: it is not there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(f"\0{address}")
+        sock.sendall(frame(token + kind + owner))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class _Connection(abc.ABC):
+    """One thread's way to the server.
 
     Attributes:
         heard_s: when the server was last heard before it gave the last answer.
     """
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: JobKeys, answer_timeout_s: float
-    ) -> None:
+    def __init__(self, endpoint: str, answer_timeout_s: float) -> None:
         self.heard_s = clock.now_s()
         self._endpoint = endpoint
         self._answer_timeout_s = answer_timeout_s
         self._numbers = itertools.count(1)
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.linger = 0
-        self._socket.sndhwm = 0
-        keys.guard_client(self._socket)
-        self._socket.connect(endpoint)
 
     def send(self, request: protocol.Request, owner: bytes) -> int:
-        """Send a request and return its number."""
+        """Send a request and return its number.
+
+        Raises:
+            QueueUnavailableError: the server is gone.
+        """
         number = next(self._numbers)
-        self._socket.send_multipart([number.to_bytes(8, "little"), owner, protocol.encode(request)])
+        self._send(number.to_bytes(_NUMBER_BYTES, "little"), owner, protocol.encode(request))
         return number
 
     def ask(self, request: protocol.Request, owner: bytes, expected: type[_AnswerT]) -> _AnswerT:
@@ -561,7 +763,7 @@ class _Connection:
         try:
             answer = self._wait(number, request, owner)
         except BaseException:
-            with contextlib.suppress(zmq.ZMQError):
+            with contextlib.suppress(zmq.ZMQError, OSError, QueueUnavailableError):
                 self.send(protocol.Cancel(number), owner)
             raise
         if isinstance(answer, protocol.Failed):
@@ -570,16 +772,16 @@ class _Connection:
         return answer
 
     def _wait(self, number: int, request: protocol.Request, owner: bytes) -> protocol.Answer:
-        wanted = number.to_bytes(8, "little")
+        wanted = number.to_bytes(_NUMBER_BYTES, "little")
         last_s = self.heard_s = clock.now_s()
         while True:
-            if not self._socket.poll(int(_PING_INTERVAL_S * 1000)):
+            received = self._receive(_PING_INTERVAL_S)
+            if received is None:
                 if clock.now_s() - last_s > self._answer_timeout_s:
-                    doing = type(request).__name__.lower()
-                    raise QueueUnavailableError(self._endpoint, self._answer_timeout_s, doing)
+                    raise self._unavailable(type(request).__name__.lower())
                 self.send(protocol.Ping(), owner)
                 continue
-            request_id, payload = self._socket.recv_multipart()
+            request_id, payload = received
             if request_id == wanted:
                 answer: protocol.Answer = protocol.decode_answer(payload)
                 return answer
@@ -587,8 +789,89 @@ class _Connection:
             self.heard_s = last_s
             last_s = clock.now_s()
 
+    def _unavailable(self, doing: str) -> QueueUnavailableError:
+        return QueueUnavailableError(self._endpoint, self._answer_timeout_s, doing)
+
+    @abc.abstractmethod
+    def _send(self, request_id: bytes, owner: bytes, payload: bytes) -> None: ...
+
+    @abc.abstractmethod
+    def _receive(self, timeout_s: float) -> tuple[bytes, bytes] | None: ...
+
+    @abc.abstractmethod
+    def close(self, linger_ms: int) -> None:
+        """Close the socket; what was sent may still leave for so long."""
+
     def __del__(self) -> None:
-        self._socket.close()
+        self.close(0)
+
+
+class _RemoteConnection(_Connection):
+    """Over TCP, with CURVE."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: JobKeys, answer_timeout_s: float
+    ) -> None:
+        super().__init__(endpoint, answer_timeout_s)
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.sndhwm = 0
+        keys.guard_client(self._socket)
+        self._socket.connect(endpoint)
+
+    def _send(self, request_id: bytes, owner: bytes, payload: bytes) -> None:
+        self._socket.send_multipart([request_id, owner, payload])
+
+    def _receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        request_id, payload = self._socket.recv_multipart()
+        return request_id, payload
+
+    def close(self, linger_ms: int) -> None:
+        self._socket.close(linger_ms)
+
+
+class _LocalConnection(_Connection):
+    """Over the server's Unix socket."""
+
+    def __init__(self, address: str, token: bytes, owner: bytes, endpoint: str, answer_timeout_s: float) -> None:
+        self._socket: socket.socket | None = None
+        super().__init__(endpoint, answer_timeout_s)
+        try:
+            self._socket = _enter(address, token, _THREAD, owner)
+        except OSError as error:
+            raise self._unavailable("connect") from error
+        self._frames = FrameBuffer()
+        self._received: collections.deque[bytes] = collections.deque()
+
+    def _send(self, request_id: bytes, owner: bytes, payload: bytes) -> None:
+        assert self._socket is not None
+        self._socket.settimeout(self._answer_timeout_s)
+        try:
+            self._socket.sendall(frame(request_id + owner + payload))
+        except OSError as error:
+            raise self._unavailable("send") from error
+
+    def _receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
+        assert self._socket is not None
+        self._socket.settimeout(timeout_s)
+        while not self._received:
+            try:
+                data = self._socket.recv(CHUNK_BYTES)
+            except TimeoutError:
+                return None
+            except OSError as error:
+                raise self._unavailable("receive") from error
+            if not data:
+                raise QueueUnavailableError(self._endpoint, 0.0, "it closed the connection")
+            self._received += self._frames.feed(data)
+        answer = self._received.popleft()
+        return answer[:_NUMBER_BYTES], answer[_NUMBER_BYTES:]
+
+    def close(self, linger_ms: int) -> None:
+        if self._socket is not None:
+            self._socket.close()
 
 
 class _ThreadedAccess(UnitAccess):

@@ -26,12 +26,12 @@ import msgspec
 import zmq
 
 from lightning_flashrl import clock
+from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.messaging.loop import EventLoop, Timer
 from lightning_flashrl.recovery.detector import DetectorSettings, Health, Look, detect
 from lightning_flashrl.recovery.slot import RankSlot, RankState, Word
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.allocator import anonymous_bytes
-from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.device_health import DeviceHealth, DeviceWatch
 from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.pool import StandbyPool
@@ -245,7 +245,7 @@ class Agent:
             seat.channel.send(payload)
             self._update_writer(seat.channel)
 
-    def _update_writer(self, channel: AgentChannel) -> None:
+    def _update_writer(self, channel: FrameChannel) -> None:
         if not channel.is_open:
             return
 
@@ -255,7 +255,7 @@ class Agent:
 
         self._loop.set_writer(channel.fileno(), flush if channel.has_pending else None)
 
-    def _on_channel(self, seat: Seat, channel: AgentChannel) -> None:
+    def _on_channel(self, seat: Seat, channel: FrameChannel) -> None:
         for payload in channel.receive():
             try:
                 message = protocol.decode_rank_message(payload)

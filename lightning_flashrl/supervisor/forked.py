@@ -45,10 +45,11 @@ from typing import BinaryIO, NoReturn, TextIO
 import zmq
 
 from lightning_flashrl.errors import FatalError
+from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.recovery.slot import Heartbeat, RankSlot
 from lightning_flashrl.supervisor.agent import Agent
-from lightning_flashrl.supervisor.channel import AgentChannel, RankChannel
+from lightning_flashrl.supervisor.channel import RankChannel
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
 from lightning_flashrl.supervisor.pool import Candidate, StandbyPool
@@ -327,7 +328,7 @@ class _ForkingPool(StandbyPool):
             return None
         finally:
             theirs.close()
-        return Candidate(AgentChannel(ours), Process(pid))
+        return Candidate(FrameChannel(ours), Process(pid))
 
     def _live_as_rank(self, fd: int, keeper_pid: int) -> int:
         os.setsid()

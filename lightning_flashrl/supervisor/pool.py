@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.supervisor import protocol, standby
-from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.process import Process, spawn
 
 _REFILL_DELAY_S = 1.0
@@ -35,7 +35,7 @@ class Candidate:
         warm_bytes: memory that it was told to touch.
     """
 
-    channel: AgentChannel
+    channel: FrameChannel
     process: Process | None = None
     warm_bytes: int = 0
 
@@ -194,7 +194,7 @@ class StandbyPool:
             return None
         finally:
             theirs.close()
-        return Candidate(AgentChannel(ours))
+        return Candidate(FrameChannel(ours))
 
     def _refill(self) -> None:
         while not self._is_closed and len(self._waiting) < self._size:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lightning_flashrl import clock
+from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.recovery.detector import DetectorSettings, Memory
 from lightning_flashrl.recovery.slot import RankSlot
 from lightning_flashrl.supervisor import protocol, runner
-from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.process import Process, spawn
@@ -79,7 +79,7 @@ class Seat:
     global_rank: int = -1
     incarnation: int = -1
     is_newcomer: bool = False
-    channel: AgentChannel | None = None
+    channel: FrameChannel | None = None
     process: Process | None = None
     is_running: bool = False
     is_listening: bool = False
@@ -160,7 +160,7 @@ class Starter:
         command = [sys.executable, "-m", runner.__name__, *flags, *self._settings.argv]
         seat.process = spawn(command, environ, (theirs.fileno(),))
         theirs.close()
-        seat.channel = AgentChannel(ours)
+        seat.channel = FrameChannel(ours)
 
     def _environ(self, seat: Seat, launch: Launch) -> dict[str, str]:
         return self._environment.of_rank(launch, seat.local_rank, seat.incarnation, is_newcomer=seat.is_newcomer)

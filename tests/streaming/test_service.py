@@ -7,11 +7,14 @@ import pickle
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +24,7 @@ import zmq
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueUnavailableError, WouldBlock
 from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.streaming import Field, TransferQueue, TransferQueueClient, TransferQueueServer, protocol
+from lightning_flashrl.streaming.service import Transport
 
 FIELDS = {"x": Field(torch.int64, (None,))}
 
@@ -51,6 +55,20 @@ class TestStrangers:
                     assert client.lease("t", count=1)["x"].values.tolist() == [1, 2]
                     for stranger in flood:
                         stranger.close()
+
+    def test_the_unix_socket_wants_the_token(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                door = server._door_local
+                for first in (b"", b"x" * 49, b"\xff" * 100_000, struct.pack("<I", 1 << 31)):
+                    with socket.socket(socket.AF_UNIX) as stranger:
+                        stranger.connect(f"\0{door.address}")
+                        stranger.sendall(struct.pack("<I", len(first)) + first)
+                        stranger.settimeout(10)
+                        assert stranger.recv(1) == b""
+                client.put({"x": [[1]]})
+                assert len(queue.lease("t", count=1)) == 1
+                assert door.num_refused >= 2
 
     def test_a_member_that_sends_nonsense_is_not_served(self) -> None:
         keys = JobKeys.derive("secret")
@@ -90,14 +108,43 @@ class TestStrangers:
 
 
 class TestDeath:
-    def test_a_client_notices_that_the_server_is_gone(self) -> None:
+    @pytest.mark.parametrize("transport", ["auto", "socket"])
+    def test_a_client_notices_that_the_server_is_gone(self, transport: Transport) -> None:
         queue = TransferQueue(FIELDS, ["t"])
         server = TransferQueueServer(queue)
-        with TransferQueueClient(server.endpoint, server.secret, answer_timeout_s=1.5) as client:
-            server.close()
-            queue.shutdown()
-            with pytest.raises(QueueUnavailableError, match=r"did not answer within 1\.5 s \(takelease\)"):
+        options: dict[str, Any] = {"transport": transport, "answer_timeout_s": 1.5}
+        with TransferQueueClient(server.endpoint, server.secret, **options) as client:
+            with pytest.raises(WouldBlock):
+                client.lease_nowait("t", count=1)
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(client.lease, "t", count=1)
+                while not queue.statistics().num_waiting_leases:
+                    time.sleep(0.01)
+                server.close()
+                queue.shutdown()
+                with pytest.raises(QueueUnavailableError, match="did not answer"):
+                    waiting.result()
+            with pytest.raises(QueueUnavailableError, match="did not answer"):
                 client.lease("t", count=1)
+
+    def test_rows_of_a_client_that_is_killed_go_to_others_at_once(self) -> None:
+        """No need to wait until its lease runs out."""
+        with TransferQueue(FIELDS, ["t"], lease_timeout_s=1000) as queue, TransferQueueServer(queue) as server:
+            rows = queue.put({"x": [[1], [2]]})
+            program = (
+                "import sys, time; from lightning_flashrl.streaming import TransferQueueClient;"
+                "client = TransferQueueClient(*sys.argv[1:]); client.lease('t', count=1); print('leased', flush=True);"
+                "client.lease('t', count=5)"
+            )
+            command = [sys.executable, "-c", program, server.endpoint, server.secret]
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"leased\n"
+                while not queue.statistics().num_waiting_leases:
+                    time.sleep(0.01)
+                process.kill()
+            assert queue.lease("t", count=2, timeout_s=20).rows == rows
+            assert queue.statistics().num_waiting_leases == 0
 
     def test_what_a_client_had_leased_goes_back_when_it_says_goodbye(self) -> None:
         with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from lightning_flashrl.errors import RankLostError
+from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.recovery.slot import RankSlot, Word
 from lightning_flashrl.supervisor import channel, protocol
-from lightning_flashrl.supervisor.channel import AgentChannel
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import LostRank, QuorumChange, RecoveryRecord
 from lightning_flashrl.types import RankReport, RecoveryPlan
@@ -24,7 +24,7 @@ REGION_BYTES = 1 << 16
 class Rig:
     """A client and the other end of its channel."""
 
-    def __init__(self, client: RankClient, agent: AgentChannel) -> None:
+    def __init__(self, client: RankClient, agent: FrameChannel) -> None:
         self.client = client
         self.agent = agent
         self.events: list[object] = []
@@ -74,7 +74,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setattr(RankClient, "_of_process", None)
     client = RankClient.from_environ()
     assert client is not None
-    rig = Rig(client, AgentChannel(ours))
+    rig = Rig(client, FrameChannel(ours))
     yield rig
     client.close()
     rig.agent.close()
