@@ -24,7 +24,8 @@
     │   ├── ReplayMismatchError
     │   ├── SnapshotTooLargeError
     │   ├── StalenessExceededError
-    │   └── UserCodeError
+    │   ├── UserCodeError
+    │   └── WeightMismatchError
     ├── EndOfStream                          the normal end for who reads
     └── QueueClosedError                     a write after the end
 """
@@ -343,6 +344,23 @@ class StalenessExceededError(FatalError):
         return (
             f"{self.num_rows} row(s) exceed max_staleness={self.max_staleness} at policy version {self.version}, with "
             f"room for {self.room}; this is an error of lightning_flashrl, please report it"
+        )
+
+
+class WeightMismatchError(FatalError):
+    """An engine took weights and does not compute with them."""
+
+    def __init__(self, version: int, difference: float, tolerance: float) -> None:
+        super().__init__(version, difference, tolerance)
+        self.version = version
+        self.difference = difference
+        self.tolerance = tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"after loading version {self.version}, the engine's log-probs of the probe differ by "
+            f"{self.difference:.3g} from the trainer's (tolerance {self.tolerance:g}); it goes on with other weights than it was given: use "
+            "another engine or version of it, or raise the tolerance if its arithmetic is coarser"
         )
 
 

@@ -34,9 +34,10 @@ from lightning_flashrl.errors import (
     SchemaMismatchError,
     WouldBlock,
 )
+from lightning_flashrl.messaging.memory import attach_memory, make_memory
 from lightning_flashrl.streaming.control import Bounds, Control, Grant, LeaseRequest, QueueStatistics, Ticket
 from lightning_flashrl.streaming.ledger import Ledger, Task, Written
-from lightning_flashrl.streaming.memory import UnitAccess, attach_memory, default_capacity_bytes, make_memory
+from lightning_flashrl.streaming.memory import UnitAccess, default_capacity_bytes
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand, Sampler
 from lightning_flashrl.streaming.schema import Batch, Schema

@@ -39,11 +39,12 @@ from lightning_flashrl import clock
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
 from lightning_flashrl.messaging.frames import CHUNK_BYTES, FrameBuffer, FrameChannel, frame
 from lightning_flashrl.messaging.loop import EventLoop, Timer
+from lightning_flashrl.messaging.memory import attach_memory
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
 from lightning_flashrl.streaming import protocol
 from lightning_flashrl.streaming.control import Grant, LeaseRequest, QueueStatistics, Ticket
 from lightning_flashrl.streaming.ledger import LeaseRecord, Written
-from lightning_flashrl.streaming.memory import UnitAccess, attach_memory
+from lightning_flashrl.streaming.memory import UnitAccess
 from lightning_flashrl.streaming.queue import Lease, QueueVerbs, TransferQueue
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand

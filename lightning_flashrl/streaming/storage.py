@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lightning_flashrl.errors import ConfigurationError
-from lightning_flashrl.streaming.memory import BLOCK_BYTES, PAGE_BYTES, Bytes, UnitAccess
+from lightning_flashrl.messaging.memory import PAGE_BYTES, Bytes
+from lightning_flashrl.streaming.memory import BLOCK_BYTES, UnitAccess
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.schema import Column, Lengths, Schema
 

@@ -18,16 +18,9 @@ import zmq
 
 from lightning_flashrl.errors import QueueUnavailableError
 from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.memory import MARK_BYTES, Bytes, Memory, make_memory
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
-from lightning_flashrl.streaming.memory import (
-    BLOCK_BYTES,
-    MARK_BYTES,
-    Bytes,
-    Memory,
-    UnitAccess,
-    default_capacity_bytes,
-    make_memory,
-)
+from lightning_flashrl.streaming.memory import BLOCK_BYTES, UnitAccess, default_capacity_bytes
 
 _START_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 5.0

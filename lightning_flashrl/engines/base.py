@@ -1,0 +1,158 @@
+"""What a rollout engine is: prompts in, completions out, with the log-prob and the policy version of every token.
+
+An engine of one's own has the methods of :class:`RolloutEngine`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_flashrl.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: where a completion is cut.
+        temperature: divides logits; 0 takes the likeliest token. Log-probs are those of the divided logits.
+        eos_token_id: ends a completion, and is part of it; ``None`` for no such token.
+        pad_token_id: fills up batches inside an engine; never seen outside.
+
+    Raises:
+        ConfigurationError: no tokens, or a negative temperature.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    eos_token_id: int | None = None
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigurationError(f"rollout.max_new_tokens={self.max_new_tokens}; use 1 or more")
+        if not self.temperature >= 0:
+            raise ConfigurationError(f"rollout.temperature={self.temperature}; use 0 or more")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A request for one completion.
+
+    Attributes:
+        request_id: the caller's number.
+        tokens: ``[P]`` int64, at least one.
+        seed: of the random numbers of this completion: the same seed, prompt and weights give the same tokens.
+        begun: what an earlier, interrupted rollout of this request has produced; it goes on from there.
+    """
+
+    request_id: int
+    tokens: Tensor
+    seed: int = 0
+    begun: Completion | None = None
+
+
+class Finish(enum.StrEnum):
+    """Why a completion ends."""
+
+    STOP = "stop"
+    """With the end token."""
+    LENGTH = "length"
+    """At ``max_new_tokens``."""
+    INTERRUPTED = "interrupted"
+    """By the caller; it can be resumed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """What came out.
+
+    Attributes:
+        request_id: of the prompt.
+        tokens: ``[T]`` int64, the end token included.
+        logprobs: ``[T]`` float32, under the policy that sampled each token.
+        versions: ``[T]`` int64, the policy version that sampled each token.
+        finish: why it ends.
+    """
+
+    request_id: int
+    tokens: Tensor
+    logprobs: Tensor
+    versions: Tensor
+    finish: Finish
+
+
+class RolloutEngine(Protocol):
+    """Generates completions.
+
+    Attributes:
+        version: the policy version of its weights.
+    """
+
+    version: int
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not finished."""
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        """Take requests; they begin as soon as there is a place for them.
+
+        Raises:
+            ConfigurationError: a prompt is empty or too long, or its number is in use.
+        """
+
+    def step(self) -> list[Completion]:
+        """Go on a little with all requests that have a place, and return those that are finished."""
+
+    def interrupt(self) -> list[Completion]:
+        """Stop all requests and return what they have produced, with :attr:`Finish.INTERRUPTED`."""
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Use other weights from the next token on.
+
+        Args:
+            weights: by name, as ``model.state_dict()`` has them.
+            version: their policy version.
+
+        Raises:
+            ConfigurationError: a name or shape that the model does not have, or lacks.
+        """
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """Return the log-probs of given tokens under the current weights, to prove which weights these are.
+
+        Args:
+            tokens: ``[L]`` int64, 2 or more.
+
+        Returns:
+            ``[L - 1]`` float32: of each token but the first, given those before, at temperature 1.
+        """
+
+
+def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes with a model's.
+
+    Raises:
+        ConfigurationError: they differ.
+    """
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        raise ConfigurationError(
+            f"weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), {len(unknown)} unknown "
+            f"({', '.join(unknown[:3])}); publish the state_dict of the same model"
+        )
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise ConfigurationError(
+                f"weight {name!r} has the shape {list(weight.shape)}, the model's has {list(expected[name].shape)}; "
+                "publish the state_dict of the same model"
+            )

@@ -1,0 +1,5 @@
+"""Rollout engines, a file each."""
+
+from lightning_flashrl.engines.rollout.slot_decoder import SlotDecoder
+
+__all__ = ["SlotDecoder"]

@@ -1,0 +1,302 @@
+"""Continuous batching over any transformers causal language model.
+
+A fixed number of *slots* holds one request each: its part of the key-value cache, and the tokens so far. All slots that
+are taken decode one token together; a slot whose request is finished takes the next waiting one, whose prompt is then
+read in one pass. Between any two steps weights may be swapped and requests interrupted.
+
+Random numbers belong to a request, not to the batch: one number for each of its positions, drawn when it is submitted.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.errors import ConfigurationError
+
+
+class SlotCache(Cache):
+    """Keys and values of all slots, written where each slot stands.
+
+    Before a forward pass, :meth:`aim` says which slots the batch's rows are and where their tokens go.
+    """
+
+    def __init__(self, num_slots: int, max_length: int) -> None:
+        self.layers = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self._num_slots = num_slots
+        self._max_length = max_length
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._positions = torch.empty(0, dtype=torch.int64)
+        self._length = 0
+
+    def aim(self, slots: Tensor, positions: Tensor, length: int) -> None:
+        """Set the target of the next pass.
+
+        Args:
+            slots: ``[B]`` int64.
+            positions: ``[B, T]`` int64, where each token goes.
+            length: how much of the slots the pass may attend to.
+        """
+        self._slots, self._positions, self._length = slots, positions, length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store ``[B, H, T, D]`` and return ``[B, H, length, D]`` of the same slots."""
+        if layer_idx not in self._keys:
+            shape = (self._num_slots, key_states.shape[1], self._max_length)
+            self._keys[layer_idx] = key_states.new_zeros(*shape, key_states.shape[3])
+            self._values[layer_idx] = value_states.new_zeros(*shape, value_states.shape[3])
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        rows = self._slots[:, None]
+        keys[rows, :, self._positions] = key_states.transpose(1, 2)
+        values[rows, :, self._positions] = value_states.transpose(1, 2)
+        if len(self._slots) == self._num_slots:  # every slot, in order
+            return keys[:, :, : self._length], values[:, :, : self._length]
+        return keys[self._slots, :, : self._length], values[self._slots, :, : self._length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given, so that nobody has to count."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Masks are always given, so that nobody has to make one."""
+        return self._length, 0
+
+
+@dataclass(slots=True)
+class _Request:
+    prompt: Prompt
+    uniforms: list[float]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def completion(self, finish: Finish) -> Completion:
+        return Completion(
+            self.prompt.request_id,
+            torch.tensor(self.tokens, dtype=torch.int64),
+            torch.tensor(self.logprobs, dtype=torch.float32),
+            torch.tensor(self.versions, dtype=torch.int64),
+            finish,
+        )
+
+    @property
+    def context(self) -> list[int]:
+        return [*self.prompt.tokens.tolist(), *self.tokens]
+
+
+class SlotDecoder:
+    """The default :class:`~lightning_flashrl.engines.base.RolloutEngine`.
+
+    Args:
+        model: a causal language model with full attention; it is put into evaluation mode and owned by the engine.
+        sampling: how completions are drawn.
+        num_slots: requests that decode together.
+        max_length: of a prompt with its completion, in tokens.
+        recompute_cache: whether a weight swap reads unfinished requests anew under the new weights. If not, keys and
+            values of earlier tokens stay those of earlier weights.
+        version: the policy version of the model's weights.
+
+    Raises:
+        ConfigurationError: no slots, or a model whose layers do not attend to everything.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        *,
+        num_slots: int = 32,
+        max_length: int = 1024,
+        recompute_cache: bool = False,
+        version: int = 0,
+    ) -> None:
+        if num_slots < 1 or max_length < 2:
+            raise ConfigurationError(f"num_slots={num_slots}, max_length={max_length}; use 1 or more, and 2 or more")
+        if any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or []):
+            raise ConfigurationError(
+                f"{type(model).__name__} has layers that do not attend to everything; use a model with full attention"
+            )
+        self.version = version
+        self.sampling = sampling
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.recompute_cache = recompute_cache
+        self._model = model
+        self._model.train(False)
+        self._waiting: collections.deque[_Request] = collections.deque()
+        self._slots: list[_Request | None] = [None] * num_slots
+        self._lengths = [0] * num_slots
+        self._last = [sampling.pad_token_id] * num_slots
+        self._cache = SlotCache(num_slots, max_length)
+
+    # ------------------------------------------------------------------ requests
+    @property
+    def num_open(self) -> int:
+        """Requests that are not finished."""
+        return len(self._waiting) + sum(request is not None for request in self._slots)
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        """Take requests; they begin as soon as a slot is free.
+
+        Raises:
+            ConfigurationError: a prompt is empty or too long, or its number is in use.
+        """
+        used = {request.prompt.request_id for request in (*self._waiting, *self._slots) if request is not None}
+        longest = self.max_length - self.sampling.max_new_tokens
+        for prompt in prompts:
+            if not 1 <= len(prompt.tokens) <= longest:
+                raise ConfigurationError(
+                    f"request {prompt.request_id} has a prompt of {len(prompt.tokens)} tokens; with max_length="
+                    f"{self.max_length} and max_new_tokens={self.sampling.max_new_tokens} it may have 1 to {longest}"
+                )
+            if prompt.request_id in used:
+                raise ConfigurationError(f"request {prompt.request_id} is under way already; number each anew")
+            used.add(prompt.request_id)
+        for prompt in prompts:
+            draw = torch.Generator().manual_seed(prompt.seed)
+            uniforms = torch.rand(self.sampling.max_new_tokens, generator=draw, dtype=torch.float64).tolist()
+            request = _Request(prompt, uniforms)
+            if prompt.begun is not None:
+                request.tokens = prompt.begun.tokens.tolist()
+                request.logprobs = prompt.begun.logprobs.tolist()
+                request.versions = prompt.begun.versions.tolist()
+            self._waiting.append(request)
+
+    def interrupt(self) -> list[Completion]:
+        """Stop all requests and return what they have produced."""
+        stopped = [request for request in (*self._slots, *self._waiting) if request is not None]
+        self._slots = [None] * self.num_slots
+        self._waiting.clear()
+        return [request.completion(Finish.INTERRUPTED) for request in stopped]
+
+    # ------------------------------------------------------------------ decoding
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Read waiting prompts into free slots, or decode one token in each slot that is taken."""
+        free = [slot for slot, request in enumerate(self._slots) if request is None]
+        if self._waiting and free:
+            newcomers = [(slot, self._waiting.popleft()) for slot in free[: len(self._waiting)]]
+            return self._read(newcomers)
+        taken = [slot for slot, request in enumerate(self._slots) if request is not None]
+        if not taken:
+            return []
+        length = max(self._lengths[slot] for slot in taken) + 1
+        slots = torch.arange(self.num_slots) if 2 * len(taken) > self.num_slots else torch.tensor(taken)
+        positions = torch.tensor([[self._lengths[slot]] for slot in slots.tolist()]).clamp(max=length - 1)
+        tokens = torch.tensor([[self._last[slot]] for slot in slots.tolist()])
+        logits = self._forward(slots, tokens, positions, length)[:, 0]
+        for slot in taken:
+            self._lengths[slot] += 1
+        is_taken = torch.tensor([self._slots[slot] is not None for slot in slots.tolist()])
+        return self._sample(taken, logits[is_taken])
+
+    def _read(self, newcomers: Sequence[tuple[int, _Request]]) -> list[Completion]:
+        """Read prompts (and what they had produced before) into slots, and sample their next token."""
+        contexts = [request.context for _, request in newcomers]
+        length = max(map(len, contexts))
+        tokens = torch.full((len(contexts), length), self.sampling.pad_token_id, dtype=torch.int64)
+        for row, context in enumerate(contexts):
+            tokens[row, : len(context)] = torch.tensor(context)
+        slots = torch.tensor([slot for slot, _ in newcomers])
+        positions = torch.arange(length).expand(len(contexts), length)
+        logits = self._forward(slots, tokens, positions, length)
+        last = torch.tensor([len(context) - 1 for context in contexts])
+        for (slot, request), context in zip(newcomers, contexts, strict=True):
+            self._slots[slot] = request
+            self._lengths[slot] = len(context)
+        return self._sample([slot for slot, _ in newcomers], logits[torch.arange(len(contexts)), last])
+
+    def _forward(self, slots: Tensor, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Return logits ``[B, T, V]`` of tokens ``[B, T]`` that each see their slot up to their own position."""
+        device = self._model.device
+        self._cache.aim(slots.to(device), positions.to(device), length)
+        hidden = torch.arange(length) > positions[:, :, None]  # [B, T, L]
+        mask = torch.zeros(hidden.shape, dtype=self._model.dtype).masked_fill(
+            hidden, torch.finfo(self._model.dtype).min
+        )
+        output = self._model(
+            input_ids=tokens.to(device),
+            position_ids=positions.to(device),
+            attention_mask=mask[:, None].to(device),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.logits.float().cpu()  # type: ignore[no-any-return]
+
+    def _sample(self, slots: Sequence[int], logits: Tensor) -> list[Completion]:
+        """Draw a token for each slot; return the requests that it finishes."""
+        temperature = self.sampling.temperature
+        logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(dim=-1)  # [B, V]
+        if temperature > 0:
+            requests = [self._slots[slot] for slot in slots]
+            uniforms = torch.tensor(
+                [[request.uniforms[len(request.tokens)]] for request in requests if request is not None],
+                dtype=torch.float64,
+            )
+            cumulative = logprobs.double().exp().cumsum(dim=-1)
+            chosen = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)
+        else:
+            chosen = logprobs.argmax(dim=-1, keepdim=True)
+        picked = logprobs.gather(1, chosen)[:, 0].tolist()
+        finished = []
+        for slot, token, logprob in zip(slots, chosen[:, 0].tolist(), picked, strict=True):
+            request = self._slots[slot]
+            assert request is not None
+            request.tokens.append(token)
+            request.logprobs.append(logprob)
+            request.versions.append(self.version)
+            self._last[slot] = token
+            if token == self.sampling.eos_token_id:
+                finished.append(request.completion(Finish.STOP))
+            elif len(request.tokens) >= self.sampling.max_new_tokens:
+                finished.append(request.completion(Finish.LENGTH))
+            else:
+                continue
+            self._slots[slot] = None
+        return finished
+
+    # ------------------------------------------------------------------ weights
+    @torch.inference_mode()
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Use other weights from the next token on.
+
+        Raises:
+            ConfigurationError: a name or shape that the model does not have, or lacks.
+        """
+        check_weights(self._model, weights)
+        for name, target in self._model.state_dict().items():
+            target.copy_(weights[name])
+        self.version = version
+        if self.recompute_cache:
+            under_way = [request for request in self._slots if request is not None]
+            self._slots = [None] * self.num_slots
+            self._waiting.extendleft(reversed(under_way))
+
+    @torch.inference_mode()
+    def score(self, tokens: Tensor) -> Tensor:
+        """Return the log-probs of given tokens under the current weights.
+
+        Args:
+            tokens: ``[L]`` int64, 2 or more.
+
+        Returns:
+            ``[L - 1]`` float32.
+        """
+        device = self._model.device
+        logits = self._model(input_ids=tokens[None, :-1].to(device), use_cache=False).logits[0].float().cpu()
+        logprobs: Tensor = logits.log_softmax(dim=-1)
+        return logprobs.gather(1, tokens[1:, None].cpu())[:, 0]
