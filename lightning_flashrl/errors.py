@@ -359,8 +359,8 @@ class WeightMismatchError(FatalError):
     def __str__(self) -> str:
         return (
             f"after loading version {self.version}, the engine's log-probs of the probe differ by "
-            f"{self.difference:.3g} from the trainer's (tolerance {self.tolerance:g}); it goes on with other weights than it was given: use "
-            "another engine or version of it, or raise the tolerance if its arithmetic is coarser"
+            f"{self.difference:.3g} from the trainer's (tolerance {self.tolerance:g}): it computes with other weights "
+            "than it was given; use another engine or version, or raise the tolerance if its arithmetic is coarser"
         )
 
 

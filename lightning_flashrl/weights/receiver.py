@@ -6,11 +6,10 @@ engine's log-probs of a probe sequence must be those that the trainer published 
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -79,6 +78,7 @@ class WeightReceiver:
                 "trainer's host and as its user"
             ) from error
         self._records = Records(address, self._memory.array)
+        self._has_turn = False
 
     @property
     def newest_version(self) -> int:
@@ -101,13 +101,22 @@ class WeightReceiver:
         """
         if self.newest_version <= engine.version or (self.swap is not Swap.IN_FLIGHT and not is_between_iterations):
             return False
-        if self.swap is not Swap.STAGGERED:
+        if self.swap is Swap.STAGGERED and not self._take_turn():
+            return False
+        try:
             self.load(engine)
-            return True
-        with self._turn() as is_mine:
-            if is_mine:
-                self.load(engine)
-            return is_mine
+        finally:
+            self._give_turn()
+        return True
+
+    def should_drain(self, engine: Scorer) -> bool:
+        """Whether the engine should begin nothing new, so that its iteration ends and :meth:`maybe_swap` can load.
+
+        With :attr:`Swap.STAGGERED` one worker at a time is told so; the others go on with their old weights.
+        """
+        if self.swap is Swap.IN_FLIGHT or self.newest_version <= engine.version:
+            return False
+        return self.swap is Swap.ITERATION or self._take_turn()
 
     def load(self, engine: Scorer) -> int:
         """Load the newest version into the engine and prove that it is there. Returns the version.
@@ -149,18 +158,20 @@ class WeightReceiver:
         }
         return weights, version, tokens, logprobs
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[bool]:
-        """Whether no other worker is swapping; the kernel takes the turn back from one that dies."""
-        try:
-            fcntl.flock(self._turn_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
+    def _take_turn(self) -> bool:
+        """Whether no other worker drains or swaps; the kernel takes the turn back from one that dies."""
+        if not self._has_turn:
+            try:
+                fcntl.flock(self._turn_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            self._has_turn = True
+        return True
+
+    def _give_turn(self) -> None:
+        if self._has_turn:
             fcntl.flock(self._turn_fd, fcntl.LOCK_UN)
+            self._has_turn = False
 
     def close(self) -> None:
         """Let go of the memory."""

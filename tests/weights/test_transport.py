@@ -162,11 +162,12 @@ def test_staggered_workers_take_turns() -> None:
     assert log == [1, 1, 1, 1]
 
 
-def _receive(address: WeightsAddress, until: int, out: Any) -> None:
+def _receive(address: WeightsAddress, until: int, gate: Any, out: Any) -> None:
     """Load as fast as possible; every version must be whole: all its values are its number."""
     torch.set_num_threads(1)
     seen = []
     with WeightReceiver(address) as receiver:
+        gate.wait()
         while not seen or seen[-1] < until:
             if receiver.newest_version < 0:
                 continue
@@ -184,10 +185,11 @@ def test_readers_in_other_processes_never_see_half_a_version() -> None:
     last = 300
     weights = {f"w{number}": torch.zeros(40_000) for number in range(4)}
     with WeightPublisher(weights) as publisher:
-        out = context.Queue()
-        readers = [context.Process(target=_receive, args=(publisher.address, last, out)) for _ in range(2)]
+        gate, out = context.Barrier(3), context.Queue()
+        readers = [context.Process(target=_receive, args=(publisher.address, last, gate, out)) for _ in range(2)]
         for reader in readers:
             reader.start()
+        gate.wait()
         version = 0
         while version <= last:
             publisher.wait()
