@@ -1,0 +1,119 @@
+"""The default trainer engine: any transformers causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_flashrl.engines.trainer.batch import ExperienceBatch
+from lightning_flashrl.errors import ConfigurationError
+
+
+class CausalLMTrainer(nn.Module):
+    """Computes log-probs of sampled tokens, with gradients.
+
+    Args:
+        model: the language model. Its dropout is turned off: what is trained is the policy that sampled.
+        temperature: that of the rollouts; logits are divided by it, as there.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ConfigurationError: a temperature that is not above 0.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, temperature: float = 1.0, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ConfigurationError(f"trainer_engine.temperature={temperature}; use a number above 0")
+        self.model = model
+        self.temperature = temperature
+        _without_dropout(model)
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable()
+
+    @classmethod
+    def from_folder(
+        cls, path: str, *, temperature: float = 1.0, gradient_checkpointing: bool = False
+    ) -> CausalLMTrainer:
+        """Load a model that ``save_pretrained`` wrote. Nothing is downloaded.
+
+        Raises:
+            ConfigurationError: there is no model.
+        """
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"trainer_engine.path={path!r} holds no model ({error}); give a folder that save_pretrained wrote"
+            ) from error
+        return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing)
+
+    @classmethod
+    def from_config(
+        cls, model_type: str, *, temperature: float = 1.0, gradient_checkpointing: bool = False, **sizes: object
+    ) -> CausalLMTrainer:
+        """Make a model with random weights, as torch's generator stands.
+
+        Args:
+            model_type: as transformers calls it: ``"llama"``, ``"qwen3"``, ``"gpt2"``, …
+            temperature: that of the rollouts.
+            gradient_checkpointing: compute activations again in the backward pass.
+            sizes: fields of the model's config.
+
+        Raises:
+            ConfigurationError: transformers does not know the type.
+        """
+        try:
+            config = AutoConfig.for_model(model_type, **sizes)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"trainer_engine.model_type={model_type!r}: {error}") from error
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing)
+
+    def forward(self, batch: ExperienceBatch) -> Tensor:
+        """Return the log-prob of each token but the first, given those before.
+
+        Returns:
+            ``[N, L - 1]`` float32; what stands outside the loss mask means nothing.
+        """
+        logits = self.model(input_ids=batch.tokens, attention_mask=batch.attention_mask, use_cache=False).logits
+        logprobs: Tensor = (logits[:, :-1].float() / self.temperature).log_softmax(dim=-1)
+        return logprobs.gather(2, batch.tokens[:, 1:, None])[:, :, 0]
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor) -> Tensor:
+        """Return the log-probs of given tokens, as a rollout engine's ``score`` does, for a publisher's probe.
+
+        Args:
+            tokens: ``[L]`` int64, 2 or more.
+
+        Returns:
+            ``[L - 1]`` float32, at temperature 1.
+        """
+        was_training = self.model.training
+        self.model.train(False)
+        try:
+            logits = self.model(input_ids=tokens[None, :-1].to(self.model.device), use_cache=False).logits[0].float()
+        finally:
+            self.model.train(was_training)
+        logprobs: Tensor = logits.log_softmax(dim=-1).cpu()
+        return logprobs.gather(1, tokens[1:, None].cpu())[:, 0]
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return what rollout engines load: the model's weights by name. They are the live ones, not copies."""
+        return self.model.state_dict()
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: those that are modules, and those that attention layers keep as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,145 @@
+"""The trainer's log-probs are those of the rollouts, for rows of any length beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_flashrl.algorithms import clipped_surrogate, group_advantages, mismatch_metrics, reduce_tokens
+from lightning_flashrl.engines import Sampling
+from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
+from lightning_flashrl.engines.rollout import SlotDecoder
+from lightning_flashrl.engines.trainer import CausalLMTrainer, ExperienceBatch
+from lightning_flashrl.engines.worker import RolloutWorker
+from lightning_flashrl.errors import ConfigurationError, SchemaMismatchError
+from lightning_flashrl.streaming import Batch, TransferQueue
+from lightning_flashrl.tasks import CharacterTokenizer, DigitSort
+
+TASK = DigitSort()
+TOKENIZER = CharacterTokenizer(TASK.alphabet)
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "qwen3": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_dropout": 0.5,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+
+
+def _trainer(kind: str, seed: int = 0, **options: Any) -> CausalLMTrainer:
+    torch.manual_seed(seed)
+    return CausalLMTrainer.from_config(kind, vocab_size=len(TOKENIZER), **SIZES[kind], **options)
+
+
+def _rollouts(trainer: CausalLMTrainer, count: int, temperature: float = 1.0) -> Batch:
+    """Completions by an engine with the trainer's weights."""
+    other = _trainer(str(trainer.model.config.model_type), seed=99).model
+    sampling = Sampling(max_new_tokens=8, temperature=temperature, eos_token_id=TOKENIZER.eos_token_id)
+    engine = SlotDecoder(other, sampling, num_slots=4, max_length=24)
+    engine.load_weights(trainer.weights(), 5)
+    with TransferQueue(EXPERIENCE, {"rollout": ["prompt"], "update": []}) as queue:
+        problems = [TASK.problem(number) for number in range(count)]
+        queue.put(
+            prompt_rows(
+                [torch.tensor(TOKENIZER.encode(problem.prompt)) for problem in problems],
+                [problem.prompt for problem in problems],
+                [problem.answer for problem in problems],
+                group_size=2,
+                first_group=0,
+            )
+        )
+        queue.close()
+        RolloutWorker(queue, engine, TASK.reward, TOKENIZER.decode, num_places=4).run()
+        return queue.lease("update", count=2 * count).batch
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"gradient_checkpointing": True}], ids=str)
+def test_log_probs_are_those_of_the_rollouts(kind: str, options: dict[str, Any]) -> None:
+    trainer = _trainer(kind, **options)
+    batch = ExperienceBatch.of(_rollouts(trainer, 6, options.get("temperature", 1.0)))
+    assert len(batch) == 12
+    policy_logprobs = trainer(batch)
+    assert policy_logprobs.shape == batch.loss_mask.shape
+    torch.testing.assert_close(
+        policy_logprobs[batch.loss_mask], batch.rollout_logprobs[batch.loss_mask], atol=2e-5, rtol=1e-4
+    )
+    found = mismatch_metrics(policy_logprobs, batch.rollout_logprobs, batch.loss_mask, clip_low=0.2, clip_high=0.2)
+    assert found["kl_k3"] < 1e-8
+    assert found["ess"] > 0.9999
+    assert (batch.versions[batch.loss_mask] == 5).all()
+    assert batch.policy_versions.tolist() == [5] * 12
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_step_makes_rewarded_completions_likelier(kind: str) -> None:
+    trainer = _trainer(kind)
+    batch = ExperienceBatch.of(_rollouts(trainer, 8))
+    rewards = (batch.tokens.sum(dim=1) % 2).float()  # any rule will do
+    advantages = group_advantages(rewards, 2)[:, None]
+    optimizer = torch.optim.SGD(trainer.parameters(), lr=0.05)
+    before = trainer(batch)
+    loss = reduce_tokens(clipped_surrogate(before, batch.rollout_logprobs, advantages), batch.loss_mask, "sequence")
+    loss.backward()
+    optimizer.step()
+    moved = ((trainer(batch) - before) * batch.loss_mask).sum(dim=1).detach()
+    assert float((moved * advantages[:, 0]).sum()) > 0
+
+
+def test_padding_changes_nothing() -> None:
+    trainer = _trainer("llama")
+    rows = _rollouts(trainer, 6)
+    together = ExperienceBatch.of(rows)
+    for row in range(len(together)):
+        alone = Batch({name: _row(column, row) for name, column in rows.columns.items()})
+        single = ExperienceBatch.of(alone)
+        length = single.tokens.shape[1]
+        assert torch.equal(together.tokens[row, :length], single.tokens[0])
+        assert not together.loss_mask[row, length - 1 :].any()
+        mask = single.loss_mask[0]
+        torch.testing.assert_close(
+            trainer(together)[row, : length - 1][mask], trainer(single)[0][mask], atol=1e-5, rtol=1e-4
+        )
+
+
+def _row(column: Any, row: int) -> Any:
+    from lightning_flashrl.streaming import Ragged
+
+    return Ragged.of([column[row]]) if isinstance(column, Ragged) else column[row : row + 1]
+
+
+def test_a_saved_model_is_loaded_from_its_folder(tmp_path: Path) -> None:
+    trainer = _trainer("llama", seed=3)
+    trainer.model.save_pretrained(tmp_path / "model")
+    again = CausalLMTrainer.from_folder(str(tmp_path / "model"))
+    assert all(torch.equal(mine, again.weights()[name]) for name, mine in trainer.weights().items())
+    probe = torch.arange(2, 9)
+    torch.testing.assert_close(again.score(probe), trainer.score(probe))
+    assert trainer.model.training
+
+
+class TestBadInput:
+    def test_settings_that_cannot_be_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="temperature=0"):
+            _trainer("llama", temperature=0)
+        with pytest.raises(ConfigurationError, match="model_type='lama'"):
+            CausalLMTrainer.from_config("lama")
+        with pytest.raises(ConfigurationError, match="holds no model"):
+            CausalLMTrainer.from_folder(str(tmp_path))
+
+    def test_rows_without_log_probs_for_each_token_are_refused(self) -> None:
+        rows = _rollouts(_trainer("llama"), 2)
+        tokens = rows.columns["response.tokens"]
+        short = type(tokens)(tokens.values[: int(tokens.lengths[:-1].sum())], tokens.lengths.clone())
+        short.lengths[-1] = 0
+        with pytest.raises(SchemaMismatchError, match="one log-prob for each token"):
+            ExperienceBatch.of(Batch({**rows.columns, "response.tokens": short}))

@@ -1,0 +1,29 @@
+"""What the documents show is what happens: their programs are run and print what stands below them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize(("name", "num_programs"), [("streaming", 3), ("engines", 2)])
+def test_programs_run_and_print_what_is_said(name: str, num_programs: int) -> None:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / f"{name}.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    found = 0
+    for (language, program), (following, shown) in zip(blocks, [*blocks[1:], ("end", "")], strict=True):
+        if language != "python":
+            continue
+        found += 1
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(program, names)
+        if not following and not shown.startswith("client ──"):
+            assert output.getvalue() == shown
+    assert found == num_programs
