@@ -365,11 +365,17 @@ class Control:
         return self.ledger.pool(request.task, request.fields, sampler)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Give up a wait; return whether it was one."""
+        """Give up a wait; return whether it was one. Those who stood behind it may have their turn now."""
         with self.lock:
-            for line in (self._puts, *self._lines.values()):
+            if ticket in self._puts.tickets:
+                self._puts.tickets.remove(ticket)
+                self._puts.serve()
+                self._settle()
+                return True
+            for pool, line in self._lines.items():
                 if ticket in line.tickets:
                     line.tickets.remove(ticket)
+                    self._settle([pool])
                     return True
             return False
 

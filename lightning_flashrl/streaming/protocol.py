@@ -200,6 +200,10 @@ class Pong(Message, frozen=True):
     """I am here."""
 
 
+class Again(Message, frozen=True):
+    """You were silent for so long that your request was given up; ask again if you still want it."""
+
+
 Request: TypeAlias = (
     Hello
     | GrantExtent
@@ -215,7 +219,7 @@ Request: TypeAlias = (
     | Ping
     | Goodbye
 )
-Answer: TypeAlias = Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Failed | Pong
+Answer: TypeAlias = Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Failed | Pong | Again
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

@@ -36,7 +36,7 @@ import msgspec
 import zmq
 
 from lightning_flashrl import clock
-from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
+from lightning_flashrl.errors import ConfigurationError, FlashRLError, LeaseLostError, QueueUnavailableError
 from lightning_flashrl.messaging.frames import CHUNK_BYTES, FrameBuffer, FrameChannel, frame
 from lightning_flashrl.messaging.loop import EventLoop, Timer
 from lightning_flashrl.messaging.memory import attach_memory
@@ -62,6 +62,7 @@ _PING_INTERVAL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 _SESSION_TIMEOUT_S = 600.0
 _BACKLOG = 4096
+_REMEMBERED_GRANTS = 4096
 _CREDENTIALS = struct.Struct("3i")
 """Process, user and group at the other end of a Unix socket."""
 _AnswerT = TypeVar("_AnswerT", bound=protocol.Message)
@@ -126,6 +127,7 @@ class TransferQueueServer:
         )
         self._door_local = _LocalDoor(self._loop, self._on_local_frame, self._on_local_end)
         self._tickets: dict[tuple[bytes, bytes], _Waiting] = {}
+        self._granted: dict[tuple[bytes, bytes], tuple[int, str]] = {}
         self._answers: collections.deque[tuple[bytes, bytes, bytes]] = collections.deque()
         self._owners: dict[bytes, float] = {}
         self._expiry: Timer | None = None
@@ -336,6 +338,9 @@ class TransferQueueServer:
             answer = protocol.pack_error(ticket.error)
         elif isinstance(ticket.answer, Grant):
             lease = ticket.answer.lease
+            self._granted[peer, request_id] = (lease.lease_id, lease.task)
+            if len(self._granted) > _REMEMBERED_GRANTS:
+                del self._granted[next(iter(self._granted))]
             answer = protocol.Leased(lease.lease_id, lease.rows.tobytes(), protocol.pack_located(ticket.answer.written))
         else:
             answer = protocol.Stored(ticket.answer.tobytes())
@@ -345,12 +350,13 @@ class TransferQueueServer:
 
     def _cancel(self, peer: bytes, request_id: bytes, owner: str) -> None:
         waiting = self._tickets.pop((peer, request_id), None)
-        if waiting is None:
-            return
-        waiting.stop()
-        if not self.queue.control.cancel(waiting.ticket) and isinstance(waiting.ticket.answer, Grant):
-            lease = waiting.ticket.answer.lease
-            self.queue.control.release(lease.lease_id, lease.task, owner)
+        if waiting is not None:
+            waiting.stop()
+            self.queue.control.cancel(waiting.ticket)
+        granted = self._granted.pop((peer, request_id), None)  # the answer and the cancellation have crossed
+        if granted is not None:
+            with contextlib.suppress(LeaseLostError):
+                self.queue.control.release(*granted, owner)
 
     # ------------------------------------------------------------------ time
     def _arm_expiry(self) -> None:
@@ -371,9 +377,11 @@ class TransferQueueServer:
     def _forget_silent_owners(self) -> None:
         now_s = clock.now_s()
         for key, waiting in list(self._tickets.items()):
-            if now_s - self._owners.get(waiting.owner, now_s) > _SILENCE_S:
+            if now_s - self._owners.get(waiting.owner, now_s) > _SILENCE_S and self.queue.control.cancel(
+                waiting.ticket
+            ):
                 self._tickets.pop(key).stop()
-                self.queue.control.cancel(waiting.ticket)
+                self._answers.append((*key, protocol.encode(protocol.Again())))
         for owner, heard_s in list(self._owners.items()):
             if now_s - heard_s > self._session_timeout_s:
                 del self._owners[owner]
@@ -760,13 +768,16 @@ class _Connection(abc.ABC):
         Raises:
             QueueUnavailableError: it does not.
         """
-        number = self.send(request, owner)
-        try:
-            answer = self._wait(number, request, owner)
-        except BaseException:
-            with contextlib.suppress(zmq.ZMQError, OSError, QueueUnavailableError):
-                self.send(protocol.Cancel(number), owner)
-            raise
+        while True:
+            number = self.send(request, owner)
+            try:
+                answer = self._wait(number, request, owner)
+            except BaseException:
+                with contextlib.suppress(zmq.ZMQError, OSError, QueueUnavailableError):
+                    self.send(protocol.Cancel(number), owner)
+                raise
+            if not isinstance(answer, protocol.Again):  # else this process has been stopped for a while
+                break
         if isinstance(answer, protocol.Failed):
             raise protocol.unpack_error(answer)
         assert isinstance(answer, expected)

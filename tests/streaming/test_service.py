@@ -23,7 +23,14 @@ import zmq
 
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueUnavailableError, WouldBlock
 from lightning_flashrl.messaging.security import JobKeys
-from lightning_flashrl.streaming import Field, TransferQueue, TransferQueueClient, TransferQueueServer, protocol
+from lightning_flashrl.streaming import (
+    Field,
+    TransferQueue,
+    TransferQueueClient,
+    TransferQueueServer,
+    protocol,
+    service,
+)
 from lightning_flashrl.streaming.service import Transport
 
 FIELDS = {"x": Field(torch.int64, (None,))}
@@ -145,6 +152,33 @@ class TestDeath:
                 process.kill()
             assert queue.lease("t", count=2, timeout_s=20).rows == rows
             assert queue.statistics().num_waiting_leases == 0
+
+    @pytest.mark.parametrize("transport", ["auto", "socket"])
+    def test_a_client_that_was_stopped_for_a_while_asks_again(
+        self, transport: Transport, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(service, "_SILENCE_S", 0.6)
+        program = (
+            "import sys; from lightning_flashrl.streaming import TransferQueueClient;"
+            "client = TransferQueueClient(*sys.argv[1:3], transport=sys.argv[3]);"
+            "print(client.lease('t', count=1).rows, flush=True); sys.stdin.read()"
+        )
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            command = [sys.executable, "-c", program, server.endpoint, server.secret, transport]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+                while not queue.statistics().num_waiting_leases:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGSTOP)
+                while queue.statistics().num_waiting_leases:
+                    time.sleep(0.01)
+                [row] = queue.put({"x": [[1]]})
+                assert queue.lease("t", count=1, timeout_s=5).rows == (row,)
+                [row] = queue.put({"x": [[1]]})
+                process.send_signal(signal.SIGCONT)
+                assert process.stdout is not None
+                assert process.stdout.readline() == f"({row},)\n".encode()
+                assert process.stdin is not None
+                process.stdin.close()
 
     def test_what_a_client_had_leased_goes_back_when_it_says_goodbye(self) -> None:
         with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
