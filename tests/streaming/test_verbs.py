@@ -275,6 +275,26 @@ class TestLeases:
         assert second.result()["x"] == [3]
 
 
+    def test_who_gives_up_lets_those_behind_have_their_turn(self, open_queue: OpenQueue) -> None:
+        queue = open_queue(NUMBERS, ["t"], max_rows=4)
+        first = InThread(lambda: queue.lease("t", count=4, timeout_s=0.6))
+        assert first.is_waiting()
+        second = InThread(lambda: queue.lease("t", count=2))
+        assert second.is_waiting()
+        queue.put({"x": [1, 2]})
+        assert second.is_waiting()
+        with pytest.raises(LeaseTimeoutError):
+            first.result()
+        assert second.result()["x"] == [1, 2]
+        large = InThread(lambda: queue.put({"x": [3, 4, 5]}, timeout_s=0.6))
+        assert large.is_waiting()
+        small = InThread(lambda: queue.put({"x": [6, 7]}))
+        assert small.is_waiting()
+        with pytest.raises(QueueFullError):
+            large.result()
+        assert len(small.result()) == 2
+
+
 class TestSamplers:
     def test_prompt_groups_come_whole(self, open_queue: OpenQueue) -> None:
         fields = {"group_id": Field(int), "reward": Field(float)}
