@@ -377,9 +377,8 @@ class TransferQueueServer:
     def _forget_silent_owners(self) -> None:
         now_s = clock.now_s()
         for key, waiting in list(self._tickets.items()):
-            if now_s - self._owners.get(waiting.owner, now_s) > _SILENCE_S and self.queue.control.cancel(
-                waiting.ticket
-            ):
+            is_silent = now_s - self._owners.get(waiting.owner, now_s) > _SILENCE_S
+            if is_silent and self.queue.control.cancel(waiting.ticket):
                 self._tickets.pop(key).stop()
                 self._answers.append((*key, protocol.encode(protocol.Again())))
         for owner, heard_s in list(self._owners.items()):

@@ -274,7 +274,6 @@ class TestLeases:
         assert first.result()["x"] == [1, 2]
         assert second.result()["x"] == [3]
 
-
     def test_who_gives_up_lets_those_behind_have_their_turn(self, open_queue: OpenQueue) -> None:
         queue = open_queue(NUMBERS, ["t"], max_rows=4)
         first = InThread(lambda: queue.lease("t", count=4, timeout_s=0.6))
