@@ -14,8 +14,9 @@ first served. Nothing here blocks: a caller in the same process waits for its ti
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,7 +197,6 @@ class Control:
         self._next_unit = 0
         self._lines: dict[Pool, _Line] = {}
         self._puts = _Line()
-        self._changed: dict[Pool, None] = {}
         self._num_cleared_seen = 0
         self._is_settling = False
 
@@ -233,9 +233,17 @@ class Control:
                 assert extent is not None
                 allocator.add(extent, total)
 
-    def _settle(self, changed: Iterable[Pool] = ()) -> None:
-        """Let a change have its consequences: memory comes back, producers find room, consumers get rows."""
-        self._changed.update(dict.fromkeys(changed))
+    @contextlib.contextmanager
+    def _acting(self) -> Iterator[None]:
+        """Change something, and let it have its consequences, also if it ends with an error."""
+        with self.lock:
+            try:
+                yield
+            finally:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Memory comes back, producers find room, consumers get rows; until nothing follows any more."""
         if self._is_settling:
             return
         self._is_settling = True
@@ -245,9 +253,9 @@ class Control:
                 if self.ledger.num_cleared != self._num_cleared_seen:
                     self._num_cleared_seen = self.ledger.num_cleared
                     self._puts.serve()
-                if not self._changed:
+                pools = self.ledger.take_filled()
+                if not pools:
                     return
-                pools, self._changed = self._changed, {}
                 for pool in pools:
                     line = self._lines.get(pool)
                     if line is not None:
@@ -294,15 +302,13 @@ class Control:
                 ledger.check_lease(self._now_s(), *lease)
             if rows is None and not ledger.is_closed and not self._has_room(num_rows, num_bytes):
                 return None
-            taken, filled = ledger.put(written, rows)
+            taken = ledger.put(written, rows)
             self._count(written)
             if lease is not None:
                 ledger.commit(self._now_s(), *lease)
-                filled += self._of_task(lease[1])
-            self._changed.update(dict.fromkeys(filled))
             return taken
 
-        with self.lock:
+        with self._acting():
             ticket = Ticket(attempt, on_done)
             if rows is not None:
                 ticket.serve()
@@ -310,7 +316,6 @@ class Control:
                 self._check_fits(num_rows, num_bytes)
                 self._puts.tickets.append(ticket)
                 self._puts.serve()
-            self._settle()
             return ticket
 
     def _check_fits(self, num_rows: int, num_bytes: int) -> None:
@@ -340,7 +345,7 @@ class Control:
             UnknownFieldError: no such field.
             ConfigurationError: the demand can never be met, or there is no sampler of that name.
         """
-        with self.lock:
+        with self._acting():
             pool = self._pool(request)
             pool.sampler.check(request.demand)
             fields = self.ledger.wanted_fields(request.task, request.fields)
@@ -350,8 +355,10 @@ class Control:
                 return None if taken is None else Grant(*taken)
 
             ticket = Ticket(attempt, on_done, request.demand.replica_rank)
-            self._lines.setdefault(pool, _Line()).tickets.append(ticket)
-            self._settle([pool, *self.ledger.expire(self._now_s())])
+            line = self._lines.setdefault(pool, _Line())
+            line.tickets.append(ticket)
+            self.ledger.expire(self._now_s())
+            line.serve()
             return ticket
 
     def _pool(self, request: LeaseRequest) -> Pool:
@@ -366,16 +373,11 @@ class Control:
 
     def cancel(self, ticket: Ticket) -> bool:
         """Give up a wait; return whether it was one. Those who stood behind it may have their turn now."""
-        with self.lock:
-            if ticket in self._puts.tickets:
-                self._puts.tickets.remove(ticket)
-                self._puts.serve()
-                self._settle()
-                return True
-            for pool, line in self._lines.items():
+        with self._acting():
+            for line in (self._puts, *self._lines.values()):
                 if ticket in line.tickets:
                     line.tickets.remove(ticket)
-                    self._settle([pool])
+                    line.serve()
                     return True
             return False
 
@@ -385,13 +387,8 @@ class Control:
         Raises:
             LeaseLostError: the lease is not alive, or belongs to somebody else.
         """
-        with self.lock:
+        with self._acting():
             self.ledger.commit(self._now_s(), lease_id, task, owner)
-            self._settle(self._of_task(task))
-
-    def _of_task(self, task: str) -> list[Pool]:
-        """Return whom a commit concerns: once the queue is closed, the last one ends the waits of its task."""
-        return [pool for pool in self._lines if pool.task == task] if self.ledger.is_closed else []
 
     def release(self, lease_id: int, task: str, owner: str) -> None:
         """Give a lease's rows back.
@@ -399,8 +396,8 @@ class Control:
         Raises:
             LeaseLostError: the lease is not alive, or belongs to somebody else.
         """
-        with self.lock:
-            self._settle(self.ledger.release(self._now_s(), lease_id, task, owner))
+        with self._acting():
+            self.ledger.release(self._now_s(), lease_id, task, owner)
 
     def renew(self, lease_id: int, task: str, owner: str) -> float:
         """Begin a lease's time anew; return its new deadline.
@@ -408,7 +405,7 @@ class Control:
         Raises:
             LeaseLostError: the lease is not alive, or belongs to somebody else.
         """
-        with self.lock:
+        with self._acting():
             return self.ledger.renew(self._now_s(), lease_id, task, owner)
 
     def clear(self, rows: Rows | None) -> None:
@@ -418,16 +415,14 @@ class Control:
             DuplicateRowError: a row twice.
             UnknownRowError: a row is not in the queue.
         """
-        with self.lock:
+        with self._acting():
             self.ledger.clear(rows)
-            self._settle(self._lines)
 
     def close(self) -> None:
         """No more rows will come: waiting producers are refused, consumers get what is left, then the end."""
-        with self.lock:
+        with self._acting():
             self.ledger.close()
             self._puts.serve()
-            self._settle(self._lines)
 
     def abandon(self) -> None:
         """End every wait: the queue goes."""
@@ -441,18 +436,18 @@ class Control:
 
     def forget_owner(self, owner: str) -> None:
         """A client is gone: its leases go back, its extents are sealed."""
-        with self.lock:
-            filled = self.ledger.release_owner(owner)
+        with self._acting():
+            self.ledger.release_owner(owner)
             for allocator in self._allocators:
                 for extent in allocator.extents():
                     if extent.owner == owner and not extent.is_sealed:
                         allocator.seal(extent)
-            self._settle(filled)
 
     def tick(self) -> float | None:
         """Let leases run out; return when the next one may."""
+        with self._acting():
+            self.ledger.expire(self._now_s())
         with self.lock:
-            self._settle(self.ledger.expire(self._now_s()))
             return self.ledger.next_deadline_s()
 
     def timeout_error(self, request: LeaseRequest, timeout_s: float) -> LeaseTimeoutError:

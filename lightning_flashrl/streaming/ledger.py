@@ -211,6 +211,7 @@ class Ledger:
         self._deadlines: list[tuple[float, int]] = []
         self._held: dict[int, tuple[int, Rows, Rows]] = {}
         self._freed: list[tuple[Rows, Rows]] = []
+        self._filled: dict[Pool, None] = {}
         self._tasks: dict[str, _TaskState] = {}
         for index, (name, task) in enumerate(tasks.items()):
             fields = schema.select(task.fields or schema)
@@ -225,7 +226,7 @@ class Ledger:
         """Rows in the queue."""
         return self._table.num_rows
 
-    def put(self, written: Sequence[Written], rows: Rows | None = None) -> tuple[Rows, list[Pool]]:
+    def put(self, written: Sequence[Written], rows: Rows | None = None) -> Rows:
         """Make fields visible, all at once.
 
         Args:
@@ -233,7 +234,7 @@ class Ledger:
             rows: ``[N]``; ``None`` for new rows.
 
         Returns:
-            The rows, and the pools that have got some of them.
+            The rows.
 
         Raises:
             QueueClosedError: new rows after :meth:`close`.
@@ -262,7 +263,6 @@ class Ledger:
         cells[:, _READY] |= mask
         self._cells[rows] = cells
         after = cells[:, _READY]
-        filled = []
         for state in self._tasks.values():
             for pool in state.pools:
                 is_new = ((after & pool.mask) == pool.mask) & ((before & pool.mask) != pool.mask)
@@ -270,10 +270,7 @@ class Ledger:
                     self._add(rows, cells, pool)
                 elif is_new.any():
                     self._add(rows[is_new], cells[is_new], pool)
-                else:
-                    continue
-                filled.append(pool)
-        return rows, filled
+        return rows
 
     def _check_rows(self, rows: Rows, mask: int) -> npt.NDArray[np.int64]:
         if len(rows) > 1 and len(np.unique(rows)) != len(rows):
@@ -394,14 +391,16 @@ class Ledger:
         state = self._tasks[lease.task]
         state.num_committed += len(rows)
         self._commit_rows(state, rows, cells)
+        if self.is_closed:  # perhaps the task's last: then its other consumers are told the end
+            self._filled.update(dict.fromkeys(state.pools))
 
-    def release(self, now_s: float, lease_id: int, task: str, owner: str) -> list[Pool]:
-        """Give a lease's rows back, to be leased again. Returns the pools that have got them.
+    def release(self, now_s: float, lease_id: int, task: str, owner: str) -> None:
+        """Give a lease's rows back, to be leased again.
 
         Raises:
             LeaseLostError: the lease is not alive, or belongs to somebody else.
         """
-        return self._give_back(self.check_lease(now_s, lease_id, task, owner), "was released before")
+        self._give_back(self.check_lease(now_s, lease_id, task, owner), "was released before")
 
     def renew(self, now_s: float, lease_id: int, task: str, owner: str) -> float:
         """Begin a lease's time anew and return its new deadline.
@@ -419,9 +418,8 @@ class Ledger:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def expire(self, now_s: float) -> list[Pool]:
-        """Give back the rows of leases that ran out. Returns the pools that have got them."""
-        filled = []
+    def expire(self, now_s: float) -> None:
+        """Give back the rows of leases that ran out."""
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, lease_id = heapq.heappop(self._deadlines)
             lease = self._leases.get(lease_id)
@@ -431,28 +429,22 @@ class Ledger:
                 heapq.heappush(self._deadlines, (lease.deadline_s, lease_id))
                 continue
             self._tasks[lease.task].num_expired += 1
-            filled += self._give_back(lease, f"ran out after {lease.timeout_s:g} s")
-        return filled
+            self._give_back(lease, f"ran out after {lease.timeout_s:g} s")
 
-    def release_owner(self, owner: str) -> list[Pool]:
+    def release_owner(self, owner: str) -> None:
         """Give back all that a consumer had leased: it is gone."""
-        filled = []
         for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
-            filled += self._give_back(lease, "was given back, because its owner was gone")
-        return filled
+            self._give_back(lease, "was given back, because its owner was gone")
 
-    def _give_back(self, lease: LeaseRecord, why: str) -> list[Pool]:
+    def _give_back(self, lease: LeaseRecord, why: str) -> None:
         rows, cells = self._end(lease, why)
         self._cells[rows] = cells
         state = self._tasks[lease.task]
         state.num_redelivered += len(rows)
-        filled = []
         for pool in state.pools:
             is_ready = (cells[:, _READY] & pool.mask) == pool.mask
             if is_ready.any():
                 self._add(rows[is_ready], cells[is_ready], pool)
-                filled.append(pool)
-        return filled
 
     def _end(self, lease: LeaseRecord, why: str) -> tuple[Rows, npt.NDArray[np.int64]]:
         """Take a lease off its rows; return those that still exist, and their cells, which must be written back."""
@@ -508,6 +500,7 @@ class Ledger:
             state.num_open -= int(is_unseen.sum())
             if is_unseen.any():
                 for pool in state.pools:
+                    self._filled[pool] = None  # a group may be complete without them; fewer rows may be the last
                     for candidates in self._known(rows[is_unseen], cells[is_unseen], pool):
                         pool.feed(functools.partial(pool.sampler.drop, candidates))
         self._remove(rows, cells)
@@ -515,6 +508,13 @@ class Ledger:
     def close(self) -> None:
         """No more rows will come."""
         self.is_closed = True
+        for state in self._tasks.values():
+            self._filled.update(dict.fromkeys(state.pools))
+
+    def take_filled(self) -> list[Pool]:
+        """Return the pools in which more may be possible than at the last call."""
+        filled, self._filled = self._filled, {}
+        return list(filled)
 
     def take_freed(self) -> tuple[Rows, Rows]:
         """Return places and sizes in bytes that nobody will read again, since the last call."""
@@ -585,6 +585,7 @@ class Ledger:
         return tuple(names)
 
     def _add(self, rows: Rows, cells: npt.NDArray[np.int64], pool: Pool) -> None:
+        self._filled[pool] = None
         pool.feed(functools.partial(pool.sampler.add, self._candidates(rows, cells, pool)))
 
     def _candidates(self, rows: Rows, cells: npt.NDArray[np.int64], pool: Pool) -> Candidates:

@@ -56,7 +56,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4), names=st.sets(st.sampled_from(FIELDS), min_size=1))
     def put_new(self, count: int, names: set[str]) -> None:
         columns = [self._written(count, name) for name in sorted(names)]
-        rows, _ = self.ledger.put(columns)
+        rows = self.ledger.put(columns)
         for column in columns:
             self._note(rows.tolist(), column)
 

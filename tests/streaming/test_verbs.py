@@ -262,6 +262,20 @@ class TestLeases:
             queue.lease("t", count=2, timeout_s=0.2)
         assert queue.lease("t", count=1)["x"] == [1]
 
+    def test_who_waits_gets_rows_that_a_late_commit_gave_up(self, open_queue: OpenQueue) -> None:
+        """The late commit may be what notices that time is over; the waiting consumer must hear of it too."""
+        queue = open_queue(NUMBERS, ["t"])
+        queue.put({"x": [1, 2, 3]})
+        for _ in range(5):
+            slow = queue.lease("t", count=2, lease_timeout_s=0.1)
+            waiting = InThread(lambda: queue.lease("t", count=3))
+            deadline = time.monotonic() + 0.1
+            while time.monotonic() < deadline:
+                pass
+            with pytest.raises(LeaseLostError):
+                queue.commit(slow)
+            queue.release(waiting.result())
+
     def test_consumers_are_served_in_the_order_in_which_they_came(self, open_queue: OpenQueue) -> None:
         queue = open_queue(NUMBERS, ["t"])
         first = InThread(lambda: queue.lease("t", count=2))
