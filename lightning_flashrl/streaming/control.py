@@ -33,7 +33,7 @@ from lightning_flashrl.streaming.ledger import LeaseRecord, Ledger, Pool, Task, 
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand, Sampler
 from lightning_flashrl.streaming.schema import Schema
-from lightning_flashrl.streaming.storage import Allocator
+from lightning_flashrl.streaming.storage import Allocator, unit_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,7 @@ class Control:
                 allocator.seal(extent)
 
     def _allocator(self, where: int) -> Allocator | None:
-        unit = where >> 44
+        unit = unit_of(where)
         return self._allocators[unit] if 0 <= unit < len(self._allocators) else None
 
     def _count(self, written: Sequence[Written]) -> None:
@@ -267,7 +267,7 @@ class Control:
         places, sizes = self.ledger.take_freed()
         if not len(places):
             return
-        units = places >> 44
+        units = unit_of(places)
         if (units == units[0]).all():
             self._allocators[int(units[0])].free(places, sizes)
         else:

@@ -40,7 +40,6 @@ _REMEMBERED_ENDS = 4096
 _READY, _COMMITTED, _LEASES, _PLACES = range(4)
 """What stands in a row's cells: fields written and tasks that committed, as bits; leases; then a place for each field,
 then a length for each field."""
-_TAG_DTYPES: dict[Any, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ class LeaseRecord:
     deadline_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TaskStatistics:
     """A task's view of the queue.
 
@@ -168,12 +167,7 @@ class _TaskState:
     fields: tuple[str, ...]
     sampler: Sampler
     pools: list[Pool] = field(default_factory=list)
-    num_open: int = 0
-    num_leased: int = 0
-    num_committed: int = 0
-    num_redelivered: int = 0
-    num_expired: int = 0
-    num_stale: int = 0
+    counts: TaskStatistics = field(default_factory=TaskStatistics)
 
 
 class Ledger:
@@ -204,7 +198,7 @@ class Ledger:
         self._entry_bytes = np.array([schema[name].entry_bytes for name in schema], np.int64)
         self._bits = np.array([schema.bits((name,)) for name in schema], np.int64)
         self._tags: dict[str, PagedArray] = {
-            name: self._table.column(_TAG_DTYPES[field.dtype]) for name, field in schema.items() if field.is_tag
+            name: self._table.column(field.tag_dtype) for name, field in schema.items() if field.is_tag
         }
         self._leases: dict[int, LeaseRecord] = {}
         self._ends: dict[int, str] = {}
@@ -248,7 +242,7 @@ class Ledger:
             rows = self._table.append(len(written[0].lengths))
             self.num_put += len(rows)
             for state in self._tasks.values():
-                state.num_open += len(rows)
+                state.counts.num_open += len(rows)
             cells = np.zeros((len(rows), _PLACES + 2 * len(self._column)), np.int64)
         else:
             cells = self._check_rows(rows, mask)
@@ -325,9 +319,13 @@ class Ledger:
         """
         pool.check()
         state = self._tasks[pool.task]
-        if self.is_closed and not state.num_open:
+        if self.is_closed and not state.counts.num_open:
             raise EndOfStream(pool.task)
-        if not demand.is_last and self.is_closed and len(pool.sampler) == state.num_open - state.num_leased:
+        if (
+            not demand.is_last
+            and self.is_closed
+            and len(pool.sampler) == state.counts.num_open - state.counts.num_leased
+        ):
             demand = dataclasses.replace(demand, is_last=True)
         try:
             taken = np.array(pool.sampler.take(demand), dtype=np.int64)
@@ -336,7 +334,7 @@ class Ledger:
         pool.check()
         self._drop_stale(state, pool)
         if not len(taken):
-            if self.is_closed and not state.num_open:
+            if self.is_closed and not state.counts.num_open:
                 raise EndOfStream(pool.task)
             return None
         self._discard(state, taken, pool)
@@ -345,7 +343,7 @@ class Ledger:
         cells = self._cells[taken]
         cells[:, _LEASES] += 1
         self._cells[taken] = cells
-        state.num_leased += len(taken)
+        state.counts.num_leased += len(taken)
         heapq.heappush(self._deadlines, (lease.deadline_s, lease.lease_id))
         located = []
         for name in fields:
@@ -357,7 +355,7 @@ class Ledger:
         stale = np.array(pool.sampler.take_stale(), dtype=np.int64)
         if len(stale):
             self._discard(state, stale, pool)
-            state.num_stale += len(stale)
+            state.counts.num_stale += len(stale)
             self._commit_rows(state, stale, self._cells[stale])
 
     def _discard(self, state: _TaskState, rows: Rows, but: Pool) -> None:
@@ -389,7 +387,7 @@ class Ledger:
         lease = self.check_lease(now_s, lease_id, task, owner)
         rows, cells = self._end(lease, "was committed before")
         state = self._tasks[lease.task]
-        state.num_committed += len(rows)
+        state.counts.num_committed += len(rows)
         self._commit_rows(state, rows, cells)
         if self.is_closed:  # perhaps the task's last: then its other consumers are told the end
             self._filled.update(dict.fromkeys(state.pools))
@@ -428,7 +426,7 @@ class Ledger:
             if lease.deadline_s > now_s:
                 heapq.heappush(self._deadlines, (lease.deadline_s, lease_id))
                 continue
-            self._tasks[lease.task].num_expired += 1
+            self._tasks[lease.task].counts.num_expired += 1
             self._give_back(lease, f"ran out after {lease.timeout_s:g} s")
 
     def release_owner(self, owner: str) -> None:
@@ -440,7 +438,7 @@ class Ledger:
         rows, cells = self._end(lease, why)
         self._cells[rows] = cells
         state = self._tasks[lease.task]
-        state.num_redelivered += len(rows)
+        state.counts.num_redelivered += len(rows)
         for pool in state.pools:
             is_ready = (cells[:, _READY] & pool.mask) == pool.mask
             if is_ready.any():
@@ -462,7 +460,7 @@ class Ledger:
                 else:
                     self._freed.append((places, sizes))
             rows = rows[~is_held]
-        self._tasks[lease.task].num_leased -= len(rows)
+        self._tasks[lease.task].counts.num_leased -= len(rows)
         cells: npt.NDArray[np.int64] = self._cells[rows]
         cells[:, _LEASES] -= 1
         return rows, cells
@@ -470,7 +468,7 @@ class Ledger:
     def _commit_rows(self, state: _TaskState, rows: Rows, cells: npt.NDArray[np.int64]) -> None:
         cells[:, _COMMITTED] |= state.bit
         self._cells[rows] = cells
-        state.num_open -= len(rows)
+        state.counts.num_open -= len(rows)
         if self.clear_consumed:
             is_done = cells[:, _COMMITTED] == self._all_tasks
             if is_done.all():
@@ -494,10 +492,10 @@ class Ledger:
         cells = self._check_rows(rows, 0)
         if cells[:, _LEASES].any():
             for lease in self._leases.values():
-                self._tasks[lease.task].num_leased -= int(np.isin(lease.rows, rows).sum())
+                self._tasks[lease.task].counts.num_leased -= int(np.isin(lease.rows, rows).sum())
         for state in self._tasks.values():
             is_unseen = (cells[:, _COMMITTED] & state.bit) == 0
-            state.num_open -= int(is_unseen.sum())
+            state.counts.num_open -= int(is_unseen.sum())
             if is_unseen.any():
                 for pool in state.pools:
                     self._filled[pool] = None  # a group may be complete without them; fewer rows may be the last
@@ -544,15 +542,7 @@ class Ledger:
     def statistics(self) -> dict[str, TaskStatistics]:
         """Return each task's view."""
         return {
-            name: TaskStatistics(
-                len(state.pools[0].sampler),
-                state.num_leased,
-                state.num_open,
-                state.num_committed,
-                state.num_redelivered,
-                state.num_expired,
-                state.num_stale,
-            )
+            name: dataclasses.replace(state.counts, num_ready=len(state.pools[0].sampler))
             for name, state in self._tasks.items()
         }
 

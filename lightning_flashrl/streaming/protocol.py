@@ -262,7 +262,7 @@ def unpack_written(specs: Sequence[WrittenSpec], schema: Schema) -> list[Written
         lengths = np.frombuffer(spec.lengths, np.int64)
         tags: npt.NDArray[Any] | None = None
         if field.is_tag:
-            tags = np.frombuffer(spec.tags or b"", _TAG_DTYPES[field.dtype])
+            tags = np.frombuffer(spec.tags or b"", field.tag_dtype)
         if tags is not None and len(tags) != len(lengths):
             raise ValueError("arrays of different lengths")
         if len(lengths) and (lengths.min() < 0 or lengths.max() > (_MAX_LENGTH if field.is_ragged else 1)):
@@ -284,7 +284,6 @@ def unpack_located(specs: Sequence[LocatedSpec]) -> list[Written]:
 
 _MAX_LENGTH = 1 << 40
 """Longer rows than any unit holds; with this bound sizes in bytes do not overflow."""
-_TAG_DTYPES: dict[Any, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_}
 _PYTHON_TYPES = {kind.__name__: kind for kind in (int, float, bool, str, bytes)}
 
 

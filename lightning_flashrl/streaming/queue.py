@@ -129,11 +129,7 @@ class QueueVerbs(abc.ABC):
         columns = self.schema.check(data, None if number is None else len(number))
         if not len(columns[0].lengths):
             return ()
-        with self._writer.write(columns) as places:
-            written = [
-                Written(column.field, where, column.lengths, column.tags)
-                for column, where in zip(columns, places, strict=True)
-            ]
+        with self._writer.write(columns) as written:
             return tuple(self._put(written, number, timeout_s).tolist())
 
     # ------------------------------------------------------------------ read
@@ -255,11 +251,7 @@ class QueueVerbs(abc.ABC):
             self._commit(lease.lease_id, lease.task)
             return
         columns = self.schema.check(data, len(lease.rows))
-        with self._writer.write(columns) as places:
-            written = [
-                Written(column.field, where, column.lengths, column.tags)
-                for column, where in zip(columns, places, strict=True)
-            ]
+        with self._writer.write(columns) as written:
             self._put(written, _as_rows(lease.rows), 0.0, (lease.lease_id, lease.task))
 
     def release(self, lease: Lease) -> None:

@@ -75,7 +75,6 @@ class _Unit:
 
     rows: dict[int, int]  # row → tokens
     key: Any
-    oldest_version: int
     num_tokens: int
     is_offered: bool = False
 
@@ -119,10 +118,6 @@ class Sampler:
         """Return a sort key for each row; lowest first. A group takes the lowest key of its rows."""
         return candidates.rows
 
-    def may_take(self, oldest_version: int, demand: Demand) -> bool:
-        """Whether rows as old as this may still be used; those that may not are never handed out."""
-        return True
-
     def check(self, demand: Demand) -> None:
         """Refuse a demand that can never be met.
 
@@ -145,24 +140,22 @@ class Sampler:
         groups = candidates.tags[self.group_by].tolist() if self.group_size > 1 else rows
         keys = self.order(candidates)
         keys = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-        versions = self._versions(candidates)
         sizes = candidates.num_tokens.tolist()
         self._unit_of.update(zip(rows, groups, strict=True))
         if self.group_size == 1:
-            for row, key, version, tokens in zip(rows, keys, versions, sizes, strict=True):
-                self._units[row] = _Unit({row: tokens}, key, version, tokens, True)
+            for row, key, tokens in zip(rows, keys, sizes, strict=True):
+                self._units[row] = _Unit({row: tokens}, key, tokens, True)
                 heapq.heappush(self._heap, (key, row))
             self._num_offered += len(rows)
             self._offered_tokens += sum(sizes)
             return
-        for row, group, key, version, tokens in zip(rows, groups, keys, versions, sizes, strict=True):
+        for row, group, key, tokens in zip(rows, groups, keys, sizes, strict=True):
             unit = self._units.get(group)
             if unit is None:
-                unit = self._units[group] = _Unit({row: tokens}, key, version, tokens)
+                unit = self._units[group] = _Unit({row: tokens}, key, tokens)
             else:
                 unit.rows[row] = tokens
                 unit.num_tokens += tokens
-                unit.oldest_version = min(unit.oldest_version, version)
                 if unit.is_offered:
                     self._num_offered += 1
                     self._offered_tokens += tokens
@@ -225,9 +218,6 @@ class Sampler:
         return stale
 
     # ------------------------------------------------------------------ inside
-    def _versions(self, candidates: Candidates) -> Iterable[int]:
-        return [0] * len(candidates.rows)
-
     def _offer_if_complete(self, group: int, unit: _Unit) -> None:
         if len(unit.rows) + self._num_dropped.get(group, 0) >= self.group_size:
             self._offer(group, unit)
@@ -347,16 +337,10 @@ class StalenessAware(Sampler):
         if demand.policy_version is None:
             raise ConfigurationError("this task's sampler bounds staleness; give lease(..., policy_version=...)")
 
-    def may_take(self, oldest_version: int, demand: Demand) -> bool:
-        """Whether the bound holds."""
-        assert demand.policy_version is not None
-        return demand.policy_version - oldest_version <= self.max_staleness
-
-    def _versions(self, candidates: Candidates) -> Iterable[int]:
-        return candidates.tags[self.version_by].tolist()  # type: ignore[no-any-return]
-
     def _drop_stale(self, demand: Demand) -> None:
-        while (following := self._peek()) is not None and not self.may_take(following[1].oldest_version, demand):
+        assert demand.policy_version is not None
+        oldest = demand.policy_version - self.max_staleness
+        while (following := self._peek()) is not None and following[1].key[0] < oldest:
             self._stale += self._pop(*following)
 
 

@@ -29,6 +29,7 @@ _STORED_AS: dict[type, torch.dtype] = {
     str: torch.uint8,
     bytes: torch.uint8,
 }
+_SEEN_AS: dict[torch.dtype | type, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,12 @@ class Field:
     @property
     def is_tag(self) -> bool:
         """Whether a sampler may look at it: one number per row."""
-        return self.dtype in (int, float, bool)
+        return self.dtype in _SEEN_AS
+
+    @property
+    def tag_dtype(self) -> npt.DTypeLike:
+        """The dtype in which samplers see it; only for tags."""
+        return _SEEN_AS[self.dtype]
 
     @property
     def is_ragged(self) -> bool:

@@ -16,6 +16,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.messaging.memory import PAGE_BYTES, Bytes
+from lightning_flashrl.streaming.ledger import Written
 from lightning_flashrl.streaming.memory import BLOCK_BYTES, UnitAccess
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.schema import Column, Lengths, Schema
@@ -37,6 +39,14 @@ _NUM_KEPT_BLOCKS = 2
 def place(unit: int, offset: int) -> int:
     """Return the one number that says where something lies."""
     return unit << _UNIT_SHIFT | offset
+
+
+_PlaceT = TypeVar("_PlaceT", int, Rows)
+
+
+def unit_of(where: _PlaceT) -> _PlaceT:
+    """Return the unit of a place, or of many."""
+    return where >> _UNIT_SHIFT
 
 
 # --------------------------------------------------------------------------- who may write where
@@ -223,8 +233,8 @@ class Writer:
         self._extent: _OpenExtent | None = None
 
     @contextlib.contextmanager
-    def write(self, columns: Sequence[Column]) -> Iterator[list[Rows]]:
-        """Copy columns into a unit and give where each row of each column begins.
+    def write(self, columns: Sequence[Column]) -> Iterator[list[Written]]:
+        """Copy columns into a unit and say where they lie.
 
         What was written is only kept if the control plane is told so before the block ends.
 
@@ -237,14 +247,15 @@ class Writer:
             end = -(-(end + column.num_bytes) // _ALIGNMENT) * _ALIGNMENT
         extent, where = self._reserve(end)
         try:
-            unit, offset = where >> _UNIT_SHIFT, where & _OFFSET_MASK
-            places = []
+            unit, offset = unit_of(where), where & _OFFSET_MASK
+            written = []
             with self._units[unit].writing(offset, end) as memory:
                 for column, start in zip(columns, starts, strict=True):
                     self._copy(column, memory[start : start + column.num_bytes])
                     sizes = column.lengths * column.entry_bytes
-                    places.append(np.cumsum(sizes) - sizes + (where + start))
-            yield places
+                    places = np.cumsum(sizes) - sizes + (where + start)
+                    written.append(Written(column.field, places, column.lengths, column.tags))
+            yield written
         finally:
             self._done(extent)
 
@@ -302,7 +313,7 @@ def gather(units: Sequence[UnitAccess], places: Rows, lengths: Lengths, entry_by
     firsts = np.concatenate(([0], np.flatnonzero(is_break) + 1))
     lasts = np.concatenate((firsts[1:] - 1, [len(places) - 1]))
     run_starts, run_ends = places[firsts], ends[lasts]
-    run_units = run_starts >> _UNIT_SHIFT
+    run_units = unit_of(run_starts)
     target = out.numpy()
     at = 0
     for begin, end in _same(run_units):
