@@ -142,6 +142,28 @@ def test_a_reward_that_raises_costs_its_row_and_nothing_else() -> None:
         assert queue.statistics().num_rows == 0
 
 
+def test_rows_that_are_cleared_while_they_are_generated_are_let_go() -> None:
+    def reward(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+        number = len(cleared)
+        if number < 4:
+            cleared.append(rows[number])
+            queue.clear([rows[number]])
+        if number == 2:
+            raise ZeroDivisionError
+        return 1.0
+
+    cleared: list[int] = []
+    with TransferQueue(EXPERIENCE, TASKS) as queue:
+        rows = _put(queue, 6)
+        queue.close()
+        worker = _worker(queue, _engine(), reward=reward)
+        worker.run()
+        done = worker.statistics
+        assert done.num_completions + done.num_lost + done.num_failed == 12
+        assert {row for _, row in _rows(queue)} == set(rows) - set(cleared)
+        assert queue.statistics().num_rows == 0
+
+
 def test_a_worker_that_is_stopped_gives_its_prompts_back() -> None:
     with TransferQueue(EXPERIENCE, TASKS) as queue:
         _put(queue, 3)
