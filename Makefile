@@ -24,7 +24,7 @@ test: check ## checks and tests
 	$(PYTEST) -m "not slow and not soak"
 
 test-all: check ## also the slow matrices, a wheel in a clean environment, and the lowest versions
-	$(PYTEST) -m "not soak"
+	$(PYTEST) -m "not soak" --hypothesis-profile=random
 	bash tests/wheel_check.sh
 	bash tests/lowest_check.sh
 

@@ -237,14 +237,15 @@ class UnknownRowError(SampleError, LookupError):
 
 
 class EndOfStream(FlashRLError):  # noqa: N818 - the name that anyio and trio users know
-    """The queue is closed and this task has seen all its rows: the normal end."""
+    """There is nothing more for this consumer: the normal end."""
 
-    def __init__(self, task: str) -> None:
-        super().__init__(task)
+    def __init__(self, task: str, reason: str = "the queue is closed and all its rows are committed") -> None:
+        super().__init__(task, reason)
         self.task = task
+        self.reason = reason
 
     def __str__(self) -> str:
-        return f"the queue is closed and task {self.task!r} has committed all its rows"
+        return f"the stream of task {self.task!r} is over: {self.reason}"
 
 
 class QueueClosedError(FlashRLError):

@@ -19,9 +19,13 @@ from typing import Any
 import hypothesis
 import pytest
 
-# How long an example takes depends on the machine and says nothing.
-hypothesis.settings.register_profile("flashrl", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("flashrl")
+# How long an example takes depends on the machine and says nothing. `make test` tries the same examples each time,
+# `make test-all` others.
+for _name, _is_fixed in (("fixed", True), ("random", False)):
+    hypothesis.settings.register_profile(
+        _name, deadline=None, derandomize=_is_fixed, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+hypothesis.settings.load_profile("fixed")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

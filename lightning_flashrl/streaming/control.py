@@ -288,7 +288,7 @@ class Control:
             written: the fields.
             rows: of which rows; ``None`` for new ones.
             on_done: called once, perhaps at once.
-            lease: its id, task and owner: it is committed with the write, or nothing is done.
+            lease: its id, task and owner: its rows that are written are committed with it, or nothing is done.
 
         Raises:
             ConfigurationError: more than the bounds, so that it would wait for ever.
@@ -299,13 +299,13 @@ class Control:
         def attempt() -> Rows | None:
             ledger = self.ledger
             if lease is not None:
-                ledger.check_lease(self._now_s(), *lease)
+                ledger.check_lease(self._now_s(), *lease, rows)
             if rows is None and not ledger.is_closed and not self._has_room(num_rows, num_bytes):
                 return None
             taken = ledger.put(written, rows)
             self._count(written)
             if lease is not None:
-                ledger.commit(self._now_s(), *lease)
+                ledger.commit(self._now_s(), *lease, rows)
             return taken
 
         with self._acting():
@@ -381,23 +381,25 @@ class Control:
                     return True
             return False
 
-    def commit(self, lease_id: int, task: str, owner: str) -> None:
-        """End a lease: its rows are done for this task.
+    def commit(self, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+        """End a lease, or a part of it: its rows are done for this task.
 
         Raises:
-            LeaseLostError: the lease is not alive, or belongs to somebody else.
+            LeaseLostError: the lease is not alive, belongs to somebody else, or does not have a row.
+            DuplicateRowError: a row twice.
         """
         with self._acting():
-            self.ledger.commit(self._now_s(), lease_id, task, owner)
+            self.ledger.commit(self._now_s(), lease_id, task, owner, rows)
 
-    def release(self, lease_id: int, task: str, owner: str) -> None:
-        """Give a lease's rows back.
+    def release(self, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+        """Give a lease's rows, or some of them, back.
 
         Raises:
-            LeaseLostError: the lease is not alive, or belongs to somebody else.
+            LeaseLostError: the lease is not alive, belongs to somebody else, or does not have a row.
+            DuplicateRowError: a row twice.
         """
         with self._acting():
-            self.ledger.release(self._now_s(), lease_id, task, owner)
+            self.ledger.release(self._now_s(), lease_id, task, owner, rows)
 
     def renew(self, lease_id: int, task: str, owner: str) -> float:
         """Begin a lease's time anew; return its new deadline.

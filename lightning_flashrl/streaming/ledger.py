@@ -267,9 +267,7 @@ class Ledger:
         return rows
 
     def _check_rows(self, rows: Rows, mask: int) -> npt.NDArray[np.int64]:
-        if len(rows) > 1 and len(np.unique(rows)) != len(rows):
-            values, counts = np.unique(rows, return_counts=True)
-            raise DuplicateRowError(tuple(values[counts > 1].tolist()), "stand twice in one call")
+        _refuse_twice(rows)
         missing = self._table.missing(rows)
         if len(missing):
             raise UnknownRowError(tuple(missing.tolist()))
@@ -329,6 +327,8 @@ class Ledger:
             demand = dataclasses.replace(demand, is_last=True)
         try:
             taken = np.array(pool.sampler.take(demand), dtype=np.int64)
+        except EndOfStream:
+            raise
         except Exception as error:  # noqa: BLE001 - the user's own class
             pool.failure = error
         pool.check()
@@ -364,11 +364,12 @@ class Ledger:
                 pool.feed(functools.partial(pool.sampler.discard, rows.tolist()))
 
     # ------------------------------------------------------------------ leases end
-    def check_lease(self, now_s: float, lease_id: int, task: str, owner: str) -> LeaseRecord:
-        """Return a lease that is alive.
+    def check_lease(self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> LeaseRecord:
+        """Return a lease that is alive, and has these rows.
 
         Raises:
-            LeaseLostError: it is not, or belongs to somebody else.
+            LeaseLostError: it is not alive, belongs to somebody else, or does not have a row.
+            DuplicateRowError: a row twice.
         """
         self.expire(now_s)
         lease = self._leases.get(lease_id)
@@ -376,29 +377,38 @@ class Ledger:
             raise LeaseLostError(lease_id, task, self._ends.get(lease_id, "was not given by this queue"))
         if lease.owner != owner:
             raise LeaseLostError(lease_id, task, "belongs to another consumer")
+        if rows is not None:
+            _refuse_twice(rows)
+            foreign = rows[~np.isin(rows, lease.rows)]
+            if len(foreign):
+                raise LeaseLostError(
+                    lease_id, task, f"does not have row(s) {', '.join(map(str, foreign.tolist()[:5]))}"
+                )
         return lease
 
-    def commit(self, now_s: float, lease_id: int, task: str, owner: str) -> None:
-        """Say that a lease's rows are done: the task never sees them again.
+    def commit(self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+        """Say that a lease's rows, or some of them, are done: the task never sees them again.
 
         Raises:
-            LeaseLostError: the lease is not alive, or belongs to somebody else.
+            LeaseLostError: the lease is not alive, belongs to somebody else, or does not have a row.
+            DuplicateRowError: a row twice.
         """
-        lease = self.check_lease(now_s, lease_id, task, owner)
-        rows, cells = self._end(lease, "was committed before")
+        lease = self.check_lease(now_s, lease_id, task, owner, rows)
+        rows, cells = self._end(lease, "was committed before", rows)
         state = self._tasks[lease.task]
         state.counts.num_committed += len(rows)
         self._commit_rows(state, rows, cells)
         if self.is_closed:  # perhaps the task's last: then its other consumers are told the end
             self._filled.update(dict.fromkeys(state.pools))
 
-    def release(self, now_s: float, lease_id: int, task: str, owner: str) -> None:
-        """Give a lease's rows back, to be leased again.
+    def release(self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+        """Give a lease's rows, or some of them, back, to be leased again.
 
         Raises:
-            LeaseLostError: the lease is not alive, or belongs to somebody else.
+            LeaseLostError: the lease is not alive, belongs to somebody else, or does not have a row.
+            DuplicateRowError: a row twice.
         """
-        self._give_back(self.check_lease(now_s, lease_id, task, owner), "was released before")
+        self._give_back(self.check_lease(now_s, lease_id, task, owner, rows), "was released before", rows)
 
     def renew(self, now_s: float, lease_id: int, task: str, owner: str) -> float:
         """Begin a lease's time anew and return its new deadline.
@@ -434,8 +444,8 @@ class Ledger:
         for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
             self._give_back(lease, "was given back, because its owner was gone")
 
-    def _give_back(self, lease: LeaseRecord, why: str) -> None:
-        rows, cells = self._end(lease, why)
+    def _give_back(self, lease: LeaseRecord, why: str, some: Rows | None = None) -> None:
+        rows, cells = self._end(lease, why, some)
         self._cells[rows] = cells
         state = self._tasks[lease.task]
         state.counts.num_redelivered += len(rows)
@@ -444,13 +454,20 @@ class Ledger:
             if is_ready.any():
                 self._add(rows[is_ready], cells[is_ready], pool)
 
-    def _end(self, lease: LeaseRecord, why: str) -> tuple[Rows, npt.NDArray[np.int64]]:
-        """Take a lease off its rows; return those that still exist, and their cells, which must be written back."""
-        del self._leases[lease.lease_id]
-        self._ends[lease.lease_id] = why
-        if len(self._ends) > _REMEMBERED_ENDS:
-            del self._ends[next(iter(self._ends))]
-        rows = lease.rows
+    def _end(self, lease: LeaseRecord, why: str, some: Rows | None) -> tuple[Rows, npt.NDArray[np.int64]]:
+        """Take a lease off its rows, or some of them.
+
+        Returns:
+            Those that still exist, and their cells, which must be written back.
+        """
+        rows = lease.rows if some is None else some
+        if len(rows) < len(lease.rows):
+            lease.rows = lease.rows[~np.isin(lease.rows, rows)]
+        else:
+            del self._leases[lease.lease_id]
+            self._ends[lease.lease_id] = why
+            if len(self._ends) > _REMEMBERED_ENDS:
+                del self._ends[next(iter(self._ends))]
         if self._held:
             is_held = np.array([row in self._held for row in rows.tolist()])
             for row in rows[is_held].tolist():
@@ -591,3 +608,9 @@ class Ledger:
         with_tags = self._candidates(rows[has_tags], cells[has_tags], pool)
         without = Candidates(rows[~has_tags], np.zeros(int((~has_tags).sum()), np.int64))
         return [part for part in (with_tags, without) if len(part.rows)]
+
+
+def _refuse_twice(rows: Rows) -> None:
+    if len(rows) > 1 and len(np.unique(rows)) != len(rows):
+        values, counts = np.unique(rows, return_counts=True)
+        raise DuplicateRowError(tuple(values[counts > 1].tolist()), "stand twice in one call")

@@ -39,6 +39,7 @@ class Request:
         sampler: another than the task's, or its name.
         allow_partial: take what is ready.
         replica_rank: which data-parallel replica iterates.
+        policy_version: the version that will be trained, for samplers that look at it.
     """
 
     fields: Iterable[str] = ()
@@ -47,6 +48,7 @@ class Request:
     sampler: Sampler | str | None = None
     allow_partial: bool = False
     replica_rank: int = 0
+    policy_version: int | None = None
 
 
 class StreamingDataset(IterableDataset[Lease]):
@@ -114,6 +116,7 @@ class StreamingDataset(IterableDataset[Lease]):
             sampler=wanted.sampler,
             allow_partial=wanted.allow_partial,
             replica_rank=wanted.replica_rank,
+            policy_version=wanted.policy_version,
             timeout_s=timeout_s,
         )
 

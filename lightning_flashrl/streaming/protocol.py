@@ -97,11 +97,12 @@ class TakeLease(Message, frozen=True):
 
 
 class EndLease(Message, frozen=True):
-    """Commit or release a lease."""
+    """Commit or release a lease, or some of its rows."""
 
     lease_id: int
     task: str
     is_commit: bool
+    rows: bytes | None
 
 
 class Renew(Message, frozen=True):

@@ -234,33 +234,42 @@ class QueueVerbs(abc.ABC):
         )
 
     # ------------------------------------------------------------------ leases end
-    def commit(self, lease: Lease, data: Mapping[str, Any] | None = None) -> None:
+    def commit(self, lease: Lease, data: Mapping[str, Any] | None = None, *, rows: Sequence[int] | None = None) -> None:
         """Say that a lease's rows are done: this task never sees them again.
 
         Args:
             lease: from :meth:`lease`.
-            data: fields of the lease's rows to write in the same instant: either all is done or, if the lease was
-                lost meanwhile, nothing. A worker that is slow to die can so never write over its successor's work.
+            data: fields of the rows to write in the same instant: either all is done or, if the lease was lost
+                meanwhile, nothing. A worker that is slow to die can so never write over its successor's work.
+            rows: which of the lease's rows; ``None`` for all that are left. The lease goes on with the others.
 
         Raises:
-            LeaseLostError: the lease ran out, is over already, or was never given by this queue.
+            LeaseLostError: the lease ran out, is over already, was never given by this queue, or does not have a row.
             SchemaMismatchError: the data is not what the schema says; the lease goes on.
-            DuplicateRowError: a row has one of these fields already; the lease goes on.
+            DuplicateRowError: a row twice, or it has one of these fields already; the lease goes on.
+            UnknownRowError: a row has been cleared; the lease goes on.
         """
+        some = None if rows is None else _as_rows(rows)
         if data is None:
-            self._commit(lease.lease_id, lease.task)
+            self._commit(lease.lease_id, lease.task, some)
             return
-        columns = self.schema.check(data, len(lease.rows))
+        some = _as_rows(lease.rows) if some is None else some
+        columns = self.schema.check(data, len(some))
         with self._writer.write(columns) as written:
-            self._put(written, _as_rows(lease.rows), 0.0, (lease.lease_id, lease.task))
+            self._put(written, some, 0.0, (lease.lease_id, lease.task))
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Lease, *, rows: Sequence[int] | None = None) -> None:
         """Give a lease's rows back, to be leased again.
 
+        Args:
+            lease: from :meth:`lease`.
+            rows: which of them; ``None`` for all that are left. The lease goes on with the others.
+
         Raises:
-            LeaseLostError: the lease ran out, is over already, or was never given by this queue.
+            LeaseLostError: the lease ran out, is over already, was never given by this queue, or does not have a row.
+            DuplicateRowError: a row twice.
         """
-        self._release(lease.lease_id, lease.task)
+        self._release(lease.lease_id, lease.task, None if rows is None else _as_rows(rows))
 
     def renew(self, lease: Lease) -> Lease:
         """Begin a lease's time anew. Returns the lease with its new deadline.
@@ -307,10 +316,10 @@ class QueueVerbs(abc.ABC):
     def _lease(self, request: LeaseRequest, timeout_s: float | None) -> Lease: ...
 
     @abc.abstractmethod
-    def _commit(self, lease_id: int, task: str) -> None: ...
+    def _commit(self, lease_id: int, task: str, rows: Rows | None) -> None: ...
 
     @abc.abstractmethod
-    def _release(self, lease_id: int, task: str) -> None: ...
+    def _release(self, lease_id: int, task: str, rows: Rows | None = None) -> None: ...
 
     @abc.abstractmethod
     def _renew(self, lease_id: int, task: str, timeout_s: float) -> float: ...
@@ -501,11 +510,11 @@ class TransferQueue(QueueVerbs):
             ends = [end for end in (deadline_s, self.control.tick()) if end is not None]
             event.wait(None if not ends else max(0.0, min(ends) - now_s) + 0.0005)
 
-    def _commit(self, lease_id: int, task: str) -> None:
-        self.control.commit(lease_id, task, _LOCAL)
+    def _commit(self, lease_id: int, task: str, rows: Rows | None) -> None:
+        self.control.commit(lease_id, task, _LOCAL, rows)
 
-    def _release(self, lease_id: int, task: str) -> None:
-        self.control.release(lease_id, task, _LOCAL)
+    def _release(self, lease_id: int, task: str, rows: Rows | None = None) -> None:
+        self.control.release(lease_id, task, _LOCAL, rows)
 
     def _renew(self, lease_id: int, task: str, timeout_s: float) -> float:
         return self.control.renew(lease_id, task, _LOCAL)

@@ -201,6 +201,9 @@ class Sampler:
 
         Returns:
             Rows in the order in which they are to be used.
+
+        Raises:
+            EndOfStream: a sampler may end the stream of the consumer that asks.
         """
         if demand.is_last:
             self._offer_all()

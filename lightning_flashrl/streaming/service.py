@@ -249,8 +249,9 @@ class TransferQueueServer:
             case protocol.TakeLease():
                 self._lease(peer, request_id, owner, request)
                 return None
-            case protocol.EndLease(lease_id=lease_id, task=task, is_commit=is_commit):
-                (control.commit if is_commit else control.release)(lease_id, task, owner)
+            case protocol.EndLease(lease_id=lease_id, task=task, is_commit=is_commit, rows=packed):
+                some = None if packed is None else protocol.numbers(packed)
+                (control.commit if is_commit else control.release)(lease_id, task, owner, some)
             case protocol.Renew(lease_id=lease_id, task=task):
                 control.renew(lease_id, task, owner)
             case protocol.Clear(rows=rows):
@@ -686,11 +687,11 @@ class TransferQueueClient(QueueVerbs):
         )
         return self._open(Grant(lease, protocol.unpack_located(answer.located)))
 
-    def _commit(self, lease_id: int, task: str) -> None:
-        self._ask(protocol.EndLease(lease_id, task, True), protocol.Done)
+    def _commit(self, lease_id: int, task: str, rows: Rows | None) -> None:
+        self._ask(protocol.EndLease(lease_id, task, True, None if rows is None else rows.tobytes()), protocol.Done)
 
-    def _release(self, lease_id: int, task: str) -> None:
-        self._ask(protocol.EndLease(lease_id, task, False), protocol.Done)
+    def _release(self, lease_id: int, task: str, rows: Rows | None = None) -> None:
+        self._ask(protocol.EndLease(lease_id, task, False, None if rows is None else rows.tobytes()), protocol.Done)
 
     def _renew(self, lease_id: int, task: str, timeout_s: float) -> float:
         asked_s = clock.now_s()

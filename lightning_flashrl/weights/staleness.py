@@ -4,18 +4,21 @@ A row that begins under policy version w must be trained by a step that starts f
 is ``max_staleness``: that step is its *deadline*. Two rules keep every deadline, whatever the rollouts' speeds:
 
 * **Admission.** Rows that have begun and are not trained yet never exceed (s + 1) batches. So there is a step for each.
-* **Selection.** A step takes the most urgent rows that are ready, and only if the rest can still meet their deadlines:
-  for each later step j, the rows due by then must fit into the batches up to j. Otherwise it waits for urgent rows.
+* **Selection.** A step takes rows as they become ready, the most urgent first, and only as long as all others can still
+  meet their deadlines: for each step j, the rows due by then must fit into what is left of this batch and the batches
+  up to j. Otherwise it waits for urgent rows.
 
 A slow prompt is therefore waited for, at its deadline and not before; it is never starved and never discarded. With
-s = 0 a step waits for all rows of its batch, and the next ones begin after it: on-policy training.
+s = 0 a step takes all rows of its batch, and the next ones begin after it: on-policy training.
+
+A row here is whatever is trained as one: with prompt groups, a group.
 
 Source: the capacity bound is that of AReaL (arXiv 2505.24298); deadlines make it hold for each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_flashrl.errors import ConfigurationError, StalenessExceededError
@@ -26,7 +29,7 @@ class Decision:
     """What is decided, and why.
 
     Attributes:
-        rows: those to train, or none.
+        rows: those that the step takes now.
         reason: for the log and for tests.
     """
 
@@ -35,14 +38,15 @@ class Decision:
 
 
 class StalenessGate:
-    """Which rollouts may begin, and which rows the next step trains.
+    """Which rollouts may begin, and which rows the current step trains.
 
     Args:
         max_staleness: s, in policy versions.
         batch_rows: rows of a global batch.
 
     Attributes:
-        version: the policy version that the next step starts from.
+        version: the policy version that the current step starts from.
+        taken: rows of the current step, in the order in which it took them.
         max_seen: the largest staleness of a trained row so far.
 
     Raises:
@@ -52,11 +56,11 @@ class StalenessGate:
     >>> gate.room()
     4
     >>> gate.begin([1, 2, 3, 4])
-    >>> gate.select([3, 4]).rows
+    >>> gate.take([3, 4]).rows
     (3, 4)
-    >>> gate.trained((3, 4))
+    >>> gate.trained()
     >>> gate.begin([5, 6])
-    >>> gate.select([5, 6])
+    >>> gate.take([5, 6])
     Decision(rows=(), reason='step 1 waits for 2 row(s) that are due by step 1 and not ready')
     """
 
@@ -68,6 +72,7 @@ class StalenessGate:
         self.max_staleness = max_staleness
         self.batch_rows = batch_rows
         self.version = 0
+        self.taken: list[int] = []
         self.max_seen = 0
         self._began: dict[int, int] = {}  # row → version under which it began
 
@@ -96,51 +101,71 @@ class StalenessGate:
     def drop(self, rows: Iterable[int]) -> None:
         """Take note that rows will never be trained: they failed."""
         for row in rows:
-            self._began.pop(row, None)
+            if self._began.pop(row, None) is not None and row in self.taken:
+                self.taken.remove(row)
 
     # ------------------------------------------------------------------ selection
-    def select(self, ready: Sequence[int], *, is_last: bool = False) -> Decision:
-        """Choose the rows of the next step.
+    def take(self, ready: Iterable[int]) -> Decision:
+        """Take rows for the current step: as many as are ready, fit in, and may go before the others.
 
         Args:
-            ready: rows that are complete.
-            is_last: whether no more rows will begin, so that a smaller batch will do when nothing is under way.
+            ready: rows that are complete; those that the step has already are ignored.
 
         Returns:
-            A whole batch, the most urgent rows first, or no rows.
+            The rows that were taken by this call, the most urgent first.
         """
-        known = sorted((row for row in ready if row in self._began), key=lambda row: (self._began[row], row))
-        chosen = known[: self.batch_rows]
-        if len(chosen) < self.batch_rows and not (is_last and chosen and len(known) == len(self._began)):
-            return Decision((), f"step {self.version} waits: {len(chosen)} of {self.batch_rows} row(s) are ready")
-        taken = set(chosen)
-        left = sorted(began + self.max_staleness for row, began in self._began.items() if row not in taken)
-        for index, deadline in enumerate(left):
-            # Rows 0 … index are due by `deadline`: they must fit into the batches after this step.
-            num_late = index + 1 - max(0, deadline - self.version) * self.batch_rows
-            if num_late > 0:
-                return Decision(
-                    (),
-                    f"step {self.version} waits for {self._num_missing(known, deadline)} row(s) that are due by step "
-                    f"{deadline} and not ready",
-                )
-        return Decision(tuple(chosen), f"step {self.version} trains its {len(chosen)} most urgent row(s)")
+        in_step = set(self.taken)
+        waiting = sorted(
+            (row for row in ready if row in self._began and row not in in_step),
+            key=lambda row: (self._began[row], row),
+        )
+        others = {row: began + self.max_staleness for row, began in self._began.items() if row not in in_step}
+        taken: list[int] = []
+        reason = ""
+        for row in waiting:
+            if len(self.taken) == self.batch_rows:
+                break
+            deadline = self._late(others, but=row)
+            if deadline is not None:
+                missing = sum(due <= deadline and other not in waiting for other, due in others.items())
+                reason = f"step {self.version} waits for {missing} row(s) that are due by step {deadline} and not ready"
+                break
+            del others[row]
+            self.taken.append(row)
+            taken.append(row)
+        reason = reason or f"step {self.version} has {len(self.taken)} of {self.batch_rows} row(s)"
+        return Decision(tuple(taken), reason)
 
-    def _num_missing(self, ready: Sequence[int], deadline: int) -> int:
-        is_ready = set(ready)
-        return sum(began + self.max_staleness <= deadline and row not in is_ready for row, began in self._began.items())
+    def _late(self, deadlines: dict[int, int], but: int) -> int | None:
+        """Return the first deadline that could not be met if the step took a row now."""
+        left = self.batch_rows - len(self.taken) - 1
+        due = sorted(deadline for row, deadline in deadlines.items() if row != but)
+        for index, deadline in enumerate(due):
+            if index + 1 > left + max(0, deadline - self.version) * self.batch_rows:
+                return deadline
+        return None
 
-    def trained(self, rows: Iterable[int]) -> None:
-        """Take note that a step has been committed: the version counts one up.
+    def is_complete(self, *, is_last: bool = False) -> bool:
+        """Whether the current step has all rows that it will get.
+
+        Args:
+            is_last: whether no more rows will begin, so that a smaller batch will do when nothing else is under way.
+        """
+        num_taken = len(self.taken)
+        return num_taken == self.batch_rows or (is_last and 0 < num_taken == len(self._began))
+
+    def trained(self) -> None:
+        """Take note that the step has been committed: the version counts one up.
 
         Raises:
             StalenessExceededError: a row was older than the bound: an error of this package.
         """
-        for row in rows:
-            staleness = self.version - self._began.pop(row, self.version)
+        for row in self.taken:
+            staleness = self.version - self._began.pop(row)
             if staleness > self.max_staleness:
                 raise StalenessExceededError(self.version, self.max_staleness, 1, 0)
             self.max_seen = max(self.max_seen, staleness)
+        self.taken.clear()
         self.version += 1
 
     # ------------------------------------------------------------------ recovery
@@ -148,7 +173,8 @@ class StalenessGate:
         """Go on from the version that a recovery restored.
 
         Rows that began under a later version began, as far as deadlines go, under this one: no burst is admitted, and
-        nothing that is under way is lost.
+        nothing that is under way is lost. What the step in flight had taken it takes again.
         """
         self.version = version
+        self.taken.clear()
         self._began = {row: min(began, version) for row, began in self._began.items()}

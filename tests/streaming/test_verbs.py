@@ -610,3 +610,47 @@ def test_statistics_tell_what_is_in_the_queue(open_queue: OpenQueue) -> None:
     assert (seen.num_rows, seen.num_bytes, seen.num_cleared) == (1, 4, 1)
     assert seen.tasks["a"].num_committed == 1
     assert (seen.num_waiting_leases, seen.num_waiting_puts) == (0, 0)
+
+
+WORDS = {name: Field(torch.int64, (None,)) for name in ("prompt", "response")}
+WORD_TASKS = {"rollout": ["prompt"], "reward": ["prompt", "response"]}
+
+
+class TestPartsOfALease:
+    def test_some_rows_are_committed_and_the_lease_goes_on(self, open_queue: OpenQueue) -> None:
+        queue = open_queue(WORDS, WORD_TASKS)
+        rows = queue.put({"prompt": [[1], [2], [3], [4]]})
+        lease = queue.lease("rollout", ["prompt"], count=4)
+        queue.commit(lease, {"response": [[7], [8]]}, rows=[rows[2], rows[0]])
+        written = queue.lease("reward", ["prompt", "response"], count=2)
+        assert written.rows == (rows[0], rows[2])
+        assert written["response"].values.tolist() == [8, 7]
+        queue.release(lease, rows=[rows[3]])
+        again = queue.lease("rollout", ["prompt"], count=1)
+        assert again.rows == (rows[3],)
+        queue.commit(lease, rows=[rows[1]])
+        with pytest.raises(LeaseLostError, match="committed before"):
+            queue.commit(lease)
+        queue.release(again)
+        assert queue.statistics().tasks["rollout"].num_committed == 3
+
+    def test_rows_that_it_does_not_have_are_refused_and_nothing_is_done(self, open_queue: OpenQueue) -> None:
+        queue = open_queue(WORDS, WORD_TASKS)
+        rows = queue.put({"prompt": [[1], [2], [3]]})
+        lease = queue.lease("rollout", ["prompt"], count=2)
+        data = {"response": [[7], [8]]}
+        with pytest.raises(LeaseLostError, match=f"does not have row\\(s\\) {rows[2]}"):
+            queue.commit(lease, data, rows=[rows[0], rows[2]])
+        with pytest.raises(DuplicateRowError, match="twice"):
+            queue.commit(lease, data, rows=[rows[0], rows[0]])
+        with pytest.raises(LeaseLostError, match="does not have row"):
+            queue.release(lease, rows=[rows[2]])
+        queue.commit(lease, data)
+        assert queue.statistics().tasks["rollout"].num_committed == 2
+
+    def test_rows_that_are_left_go_back_when_it_runs_out(self, open_queue: OpenQueue) -> None:
+        queue = open_queue(WORDS, WORD_TASKS)
+        rows = queue.put({"prompt": [[1], [2]]})
+        lease = queue.lease("rollout", ["prompt"], count=2, lease_timeout_s=0.3)
+        queue.commit(lease, {"response": [[7]]}, rows=[rows[1]])
+        assert queue.lease("rollout", ["prompt"], count=1, timeout_s=20).rows == (rows[0],)
