@@ -21,9 +21,18 @@ from lightning_flashrl.algorithms.losses import (
     clipped_weight_policy_gradient,
     reduce_tokens,
     sequence_surrogate,
+    sum_tokens,
 )
+from lightning_flashrl.algorithms.recipes import CISPO, DAPO, GRPO, GSPO, PPO, DrGRPO, PolicyOptimization
 
 __all__ = [
+    "CISPO",
+    "DAPO",
+    "GRPO",
+    "GSPO",
+    "PPO",
+    "DrGRPO",
+    "PolicyOptimization",
     "clipped_surrogate",
     "clipped_value_loss",
     "clipped_weight_policy_gradient",
@@ -40,5 +49,6 @@ __all__ = [
     "reduce_tokens",
     "sequence_mask_weights",
     "sequence_surrogate",
+    "sum_tokens",
     "truncated_importance_weights",
 ]

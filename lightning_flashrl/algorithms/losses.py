@@ -35,17 +35,36 @@ def reduce_tokens(losses: Tensor, loss_mask: Tensor, reduction: Reduction, *, le
     >>> [reduce_tokens(losses, mask, how, length=2).item() for how in ("sequence", "token", "constant")]
     [3.5, 3.0, 2.25]
     """
-    mask = loss_mask.to(losses.dtype)
+    total, count = sum_tokens(losses, loss_mask, reduction, length=length)
+    return total / max(1, count)
+
+
+def sum_tokens(losses: Tensor, loss_mask: Tensor, reduction: Reduction, *, length: int = 0) -> tuple[Tensor, int]:
+    """What :func:`reduce_tokens` divides, and by what: parts of a batch are added up before they are divided.
+
+    Args:
+        losses: ``[N, T]``.
+        loss_mask: ``[N, T]`` bool, the completion's tokens.
+        reduction: as there.
+        length: the constant; only for ``"constant"``.
+
+    Returns:
+        The sum, and the number of tokens or completions.
+
+    Raises:
+        ConfigurationError: no such reduction, or a constant that is none.
+    """
     kept = torch.where(loss_mask, losses, 0.0)
     match reduction:
         case "token":
-            return kept.sum() / mask.sum().clamp(min=1)
+            return kept.sum(), int(loss_mask.sum())
         case "sequence":
-            return (kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+            lengths = loss_mask.sum(dim=1).clamp(min=1).to(losses.dtype)
+            return (kept.sum(dim=1) / lengths).sum(), len(losses)
         case "constant":
             if length < 1:
                 raise ConfigurationError(f"length={length}; give the constant length, 1 or more")
-            return (kept.sum(dim=1) / length).mean()
+            return kept.sum() / length, len(losses)
     raise ConfigurationError(f"reduction={reduction!r}; use 'token', 'sequence' or 'constant'")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lightning_flashrl.errors import SchemaMismatchError
 from lightning_flashrl.streaming import Field
+from lightning_flashrl.tasks import Problem
 
 EXPERIENCE: dict[str, Any] = {
     "prompt": {
@@ -15,7 +18,9 @@ EXPERIENCE: dict[str, Any] = {
         "text": Field(str),
         "answer": Field(str),
         "group_id": Field(int),
+        "data": Field(str),
         "seed": Field(int),
+        "min_version": Field(int),
     },
     "response": {
         "tokens": Field(torch.int64, (None,)),
@@ -28,8 +33,8 @@ EXPERIENCE: dict[str, Any] = {
 }
 """``prompt`` is written by whoever brings prompts, all others by rollout workers.
 
-* ``prompt.tokens`` ``[P]``; ``text`` and ``answer`` for the reward; ``group_id`` of the prompt group; ``seed`` of its
-  random numbers.
+* ``prompt.tokens`` ``[P]``; ``text``, ``answer`` and ``data`` (JSON) for the reward; ``group_id`` of the prompt group;
+  ``seed`` of its random numbers; ``min_version``: no older policy may generate it.
 * ``response.tokens`` ``[T]`` with the end token; ``rollout_logprobs`` ``[T]`` under the policy that sampled each token;
   ``versions`` ``[T]`` of these policies; ``is_complete`` unless it was cut at its longest.
 * ``policy_version``: the oldest of ``versions``.
@@ -39,28 +44,45 @@ EXPERIENCE: dict[str, Any] = {
 
 def prompt_rows(
     tokens: Sequence[torch.Tensor],
-    texts: Sequence[str],
-    answers: Sequence[str],
+    problems: Sequence[Problem],
     *,
     group_size: int,
     first_group: int,
     seed: int = 0,
+    min_version: int = 0,
 ) -> dict[str, Any]:
     """Return the columns of prompt groups: each prompt ``group_size`` times, one after the other.
 
     Args:
         tokens: ``[P_i]`` int64 of each prompt.
-        texts: of each prompt.
-        answers: of each prompt.
+        problems: what the prompts ask.
         group_size: completions of a prompt.
         first_group: number of the first group.
         seed: of the run; each row gets one of its own.
+        min_version: the oldest policy that may generate them.
+
+    Raises:
+        SchemaMismatchError: a problem's data is not made of numbers and texts.
     """
     numbers = range(len(tokens) * group_size)
+    data = [_as_json(problem.data) for problem in problems]
     return {
         "prompt.tokens": [tokens[number // group_size] for number in numbers],
-        "prompt.text": [texts[number // group_size] for number in numbers],
-        "prompt.answer": [answers[number // group_size] for number in numbers],
+        "prompt.text": [problems[number // group_size].prompt for number in numbers],
+        "prompt.answer": [problems[number // group_size].answer for number in numbers],
+        "prompt.data": [data[number // group_size] for number in numbers],
         "prompt.group_id": [first_group + number // group_size for number in numbers],
         "prompt.seed": [(seed << 40) + first_group * group_size + number for number in numbers],
+        "prompt.min_version": [min_version] * len(numbers),
     }
+
+
+def _as_json(data: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(data))
+    except (TypeError, ValueError) as error:
+        raise SchemaMismatchError(
+            "prompt.data",
+            f"is {data!r:.100} ({error})",
+            "give a problem's data numbers, texts, lists and mappings only",
+        ) from error

@@ -51,8 +51,7 @@ def _rollouts(trainer: CausalLMTrainer, count: int, temperature: float = 1.0) ->
         queue.put(
             prompt_rows(
                 [torch.tensor(TOKENIZER.encode(problem.prompt)) for problem in problems],
-                [problem.prompt for problem in problems],
-                [problem.answer for problem in problems],
+                problems,
                 group_size=2,
                 first_group=0,
             )

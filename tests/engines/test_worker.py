@@ -60,8 +60,7 @@ def _put(queue: QueueVerbs, count: int, group_size: int = 2, first: int = 0) -> 
     return queue.put(
         prompt_rows(
             [torch.tensor(TOKENIZER.encode(problem.prompt)) for problem in problems],
-            [problem.prompt for problem in problems],
-            [problem.answer for problem in problems],
+            problems,
             group_size=group_size,
             first_group=first,
         )
