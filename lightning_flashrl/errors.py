@@ -25,7 +25,8 @@
     │   ├── SnapshotTooLargeError
     │   ├── StalenessExceededError
     │   ├── UserCodeError
-    │   └── WeightMismatchError
+    │   ├── WeightMismatchError
+    │   └── WorkerFailedError
     ├── EndOfStream                          the normal end for who reads
     └── QueueClosedError                     a write after the end
 """
@@ -346,6 +347,18 @@ class StalenessExceededError(FatalError):
             f"{self.num_rows} row(s) exceed max_staleness={self.max_staleness} at policy version {self.version}, with "
             f"room for {self.room}; this is an error of lightning_flashrl, please report it"
         )
+
+
+class WorkerFailedError(FatalError):
+    """A process that serves the job raised an error, or died too often."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
 
 
 class WeightMismatchError(FatalError):

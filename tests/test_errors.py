@@ -35,6 +35,7 @@ from lightning_flashrl.errors import (
     UnknownTaskError,
     UserCodeError,
     WeightMismatchError,
+    WorkerFailedError,
     WouldBlock,
 )
 
@@ -53,6 +54,7 @@ EXAMPLES: list[tuple[FlashRLError, list[str]]] = [
     (SnapshotTooLargeError(2048, 1024), ["2048", "1024"]),
     (UserCodeError(1, "ZeroDivisionError: division by zero"), ["rank 1", "ZeroDivisionError: division by zero"]),
     (WeightMismatchError(4, 0.25, 0.001), ["version 4", "0.25", "tolerance 0.001"]),
+    (WorkerFailedError("rollout worker 0", "raised:\nValueError: no"), ["rollout worker 0", "ValueError: no"]),
     (StalenessExceededError(7, 1, 3, 2), ["3 row(s)", "max_staleness=1", "version 7", "room for 2"]),
     (UnknownFieldError("promt", ("prompt", "reward")), ["'promt'", "prompt, reward"]),
     (UnknownTaskError("update", ("rollout",)), ["'update'", "rollout"]),

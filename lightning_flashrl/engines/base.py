@@ -1,19 +1,23 @@
-"""What a rollout engine is: prompts in, completions out, with the log-prob and the policy version of every token.
+"""What engines are.
 
-An engine of one's own has the methods of :class:`RolloutEngine`.
+A rollout engine takes prompts and gives completions, with the log-prob and the policy version of every token. A trainer
+engine computes log-probs with gradients. One's own has the methods of :class:`RolloutEngine` or :class:`TrainerEngine`.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_flashrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_flashrl.engines.trainer.batch import ExperienceBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,31 @@ class RolloutEngine(Protocol):
         Returns:
             ``[L - 1]`` float32: of each token but the first, given those before, at temperature 1.
         """
+
+
+class TrainerEngine(Protocol):
+    """Computes log-probs of sampled tokens, with gradients. It is a torch module as well: its parameters are trained.
+
+    Attributes:
+        temperature: that of the rollouts.
+    """
+
+    temperature: float
+
+    def __call__(self, batch: ExperienceBatch) -> Tensor:
+        """Return the log-prob ``[N, L - 1]`` of each token but the first, given those before, at the temperature."""
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """Return the log-probs ``[L - 1]`` of tokens ``[L]`` but the first at temperature 1, without gradients."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return what rollout engines load, by name: the live weights, not copies."""
+
+    def rollout_engine(self, sampling: Sampling, *, num_slots: int, max_length: int) -> RolloutEngine:
+        """Return an engine that generates with the live weights, for validation."""
+
+    def rollout_factory(self, sampling: Sampling, *, num_slots: int, max_length: int) -> Callable[[], RolloutEngine]:
+        """Return what makes an engine of the same model in another process, where it loads :meth:`weights`."""
 
 
 def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:

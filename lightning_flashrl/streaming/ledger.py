@@ -49,13 +49,15 @@ class Task:
     Attributes:
         fields: what it reads when a lease names nothing else; empty for all fields of the schema.
         sampler: which ready rows it gets next.
+        token_fields: ragged fields whose entries count as tokens; empty for all that it reads.
 
     >>> Task(fields=("prompt", "response"))  # doctest: +ELLIPSIS
-    Task(fields=('prompt', 'response'), sampler=...)
+    Task(fields=('prompt', 'response'), sampler=..., token_fields=())
     """
 
     fields: Sequence[str] = ()
     sampler: Sampler = field(default_factory=OldestFirst)
+    token_fields: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,6 +168,7 @@ class _TaskState:
     bit: int
     fields: tuple[str, ...]
     sampler: Sampler
+    token_fields: tuple[str, ...]
     pools: list[Pool] = field(default_factory=list)
     counts: TaskStatistics = field(default_factory=TaskStatistics)
 
@@ -209,7 +212,8 @@ class Ledger:
         self._tasks: dict[str, _TaskState] = {}
         for index, (name, task) in enumerate(tasks.items()):
             fields = schema.select(task.fields or schema)
-            self._tasks[name] = _TaskState(1 << index, fields, task.sampler)
+            counted = schema.select(task.token_fields) if task.token_fields else ()
+            self._tasks[name] = _TaskState(1 << index, fields, task.sampler, counted)
         self._all_tasks = (1 << len(tasks)) - 1
         for name, state in self._tasks.items():
             self.pool(name, state.fields, state.sampler)
@@ -294,7 +298,8 @@ class Ledger:
         for pool in state.pools:
             if pool.mask == mask and pool.prototype is prototype:
                 return pool
-        ragged = tuple(name for name in names if self.schema[name].is_ragged and not self.schema[name].is_python)
+        counted = tuple(name for name in state.token_fields if name in names) or names
+        ragged = tuple(name for name in counted if self.schema[name].is_ragged and not self.schema[name].is_python)
         pool = Pool(task, mask, ragged, prototype, copy.deepcopy(prototype))
         state.pools.append(pool)
         rows = self._table.all_rows()

@@ -48,6 +48,7 @@ class StalenessGate:
         version: the policy version that the current step starts from.
         taken: rows of the current step, in the order in which it took them.
         max_seen: the largest staleness of a trained row so far.
+        num_trained: rows that were trained.
 
     Raises:
         ConfigurationError: a negative bound or an empty batch.
@@ -74,12 +75,23 @@ class StalenessGate:
         self.version = 0
         self.taken: list[int] = []
         self.max_seen = 0
+        self.num_trained = 0
         self._began: dict[int, int] = {}  # row → version under which it began
 
     @property
     def num_open(self) -> int:
         """Rows that have begun and are not trained yet."""
         return len(self._began)
+
+    @property
+    def open_rows(self) -> tuple[int, ...]:
+        """Rows that have begun and are not trained yet."""
+        return tuple(self._began)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Rows that the current step has not taken, in the order in which they began."""
+        return sorted(self._began.keys() - set(self.taken), key=lambda row: (self._began[row], row))
 
     # ------------------------------------------------------------------ admission
     def room(self) -> int:
@@ -165,6 +177,7 @@ class StalenessGate:
             if staleness > self.max_staleness:
                 raise StalenessExceededError(self.version, self.max_staleness, 1, 0)
             self.max_seen = max(self.max_seen, staleness)
+        self.num_trained += len(self.taken)
         self.taken.clear()
         self.version += 1
 

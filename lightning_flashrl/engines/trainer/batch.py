@@ -81,6 +81,18 @@ class ExperienceBatch:
             torch.tensor(rows["policy_version"], dtype=torch.int64),
         )
 
+    def split(self, max_tokens: int) -> list[Self]:
+        """Cut into parts of at most so many tokens, padding included; a longer row comes alone. In order.
+
+        Args:
+            max_tokens: of each part.
+        """
+        rows = max(1, max_tokens // self.tokens.shape[1])
+        if rows >= len(self):
+            return [self]
+        parts = zip(*(getattr(self, field.name).split(rows) for field in fields(self)), strict=True)
+        return [type(self)(*part) for part in parts]
+
     def to(self, device: torch.device | str, *_: Any, **options: Any) -> Self:
         """Return the batch on another device."""
         return type(self)(*(getattr(self, field.name).to(device, **options) for field in fields(self)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lightning_flashrl.engines.base import Sampling
+from lightning_flashrl.engines.rollout import SlotDecoder
 from lightning_flashrl.engines.trainer.batch import ExperienceBatch
 from lightning_flashrl.errors import ConfigurationError
 
@@ -104,9 +107,26 @@ class CausalLMTrainer(nn.Module):
         logprobs: Tensor = logits.log_softmax(dim=-1).cpu()
         return logprobs.gather(1, tokens[1:, None].cpu())[:, 0]
 
+    def rollout_engine(self, sampling: Sampling, *, num_slots: int, max_length: int) -> SlotDecoder:
+        """Return an engine that generates with the live weights, for validation."""
+        return SlotDecoder(self.model, sampling, num_slots=num_slots, max_length=max_length)
+
+    def rollout_factory(self, sampling: Sampling, *, num_slots: int, max_length: int) -> Callable[[], SlotDecoder]:
+        """Return what makes an engine of the same model in another process, where it loads :meth:`weights`."""
+        return functools.partial(
+            _make_engine, self.model.config, self.model.dtype, sampling, num_slots=num_slots, max_length=max_length
+        )
+
     def weights(self) -> Mapping[str, Tensor]:
         """Return what rollout engines load: the model's weights by name. They are the live ones, not copies."""
         return self.model.state_dict()
+
+
+def _make_engine(
+    config: PretrainedConfig, dtype: torch.dtype, sampling: Sampling, *, num_slots: int, max_length: int
+) -> SlotDecoder:
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    return SlotDecoder(model, sampling, num_slots=num_slots, max_length=max_length)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -1,0 +1,277 @@
+"""Where rows come from: prompts, rollouts, and the loader that gives the training loop its steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem
+from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
+from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
+from lightning_flashrl.engines import RolloutEngine, Sampling, TrainerEngine
+from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.tasks import CharacterTokenizer, Problem, Problems, ProceduralTask, RewardFn
+
+
+class StepBatch:
+    """What a training step gets: a promise of the rows that its session will hand out.
+
+    Attributes:
+        session: has them.
+    """
+
+    def __init__(self, session: Callable[[], Session]) -> None:
+        self._session = session
+
+    @property
+    def session(self) -> Session:
+        """The run's session."""
+        return self._session()
+
+
+class _StepLoader:
+    """One :class:`StepBatch` for each step of an epoch."""
+
+    def __init__(self, data: StreamingDataModule) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        if self._data.steps_per_epoch is None:
+            raise TypeError("nobody knows how many steps an epoch of this dataset has")
+        return self._data.steps_per_epoch
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        step = 0
+        while self._data.steps_per_epoch is None or step < self._data.steps_per_epoch:
+            if self._data.is_over():
+                return
+            yield StepBatch(self._data.session)
+            step += 1
+
+
+class StreamingDataModule(L.LightningDataModule):
+    """Prompts, rollouts and the queue between them and the training loop, for :class:`AsyncRL`.
+
+    An epoch is one pass over a dataset of prompts, or ``steps_per_epoch`` steps of a task that never ends.
+
+    Args:
+        task: makes problems and scores answers; or give ``prompts`` and ``reward``.
+        prompts: a map-style or iterable dataset of problems, mappings with ``prompt``, or texts; ``None`` takes those
+            of the task.
+        validation: held-out problems, map-style; ``None`` takes 256 of the task.
+        reward: a function of prompt, completion and row; ``None`` takes the task's.
+        tokenizer: of the model; ``None`` takes one whose tokens are the characters of the task.
+        workflow: how rollouts and training overlap.
+        max_staleness: how many versions older than the trained policy a row may be; 0 for on-policy.
+        steps: what a step is.
+        rollout: who generates, and how.
+        rollout_engine: makes a worker's engine, in the worker's process; ``None`` asks the trainer engine for one.
+        steps_per_epoch: of a task that never ends; ``None`` for ``max_steps`` of the Trainer.
+        seed: of the order of prompts and of the rollouts.
+        log_dir: where rollout workers' output goes; ``None`` leaves it in the terminal.
+        lease_timeout_s: how long rows are a worker's or rank's without a word of it.
+
+    Raises:
+        ConfigurationError: no prompts, reward or tokenizer, or a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        task: ProceduralTask | None = None,
+        *,
+        prompts: Any = None,
+        validation: Any = None,
+        reward: RewardFn | None = None,
+        tokenizer: Tokenizer | None = None,
+        workflow: Workflow | str = Workflow.ASYNC,
+        max_staleness: int = 1,
+        steps: StepSettings | None = None,
+        rollout: RolloutSettings | None = None,
+        rollout_engine: Callable[[], RolloutEngine] | None = None,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        log_dir: str | Path | None = None,
+        lease_timeout_s: float = 600.0,
+    ) -> None:
+        super().__init__()
+        if workflow not in list(Workflow):
+            raise ConfigurationError(f"workflow={workflow!r}; use one of {', '.join(Workflow)}")
+        if max_staleness < 0:
+            raise ConfigurationError(f"weights.max_staleness={max_staleness}; use 0 or more")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ConfigurationError(f"steps_per_epoch={steps_per_epoch}; use 1 or more")
+        self.task = task
+        self.workflow = Workflow(workflow)
+        self.max_staleness = 0 if self.workflow.is_on_policy else max_staleness
+        self.steps = steps or StepSettings()
+        self.rollout = rollout or RolloutSettings()
+        self.seed = seed
+        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.reward: RewardFn = _given(reward, None if task is None else task.reward, "reward")
+        self.tokenizer: Any = _given(
+            tokenizer, None if task is None else CharacterTokenizer(task.alphabet), "tokenizer"
+        )
+        self.source = PromptSource(_given(prompts, task, "prompts"), seed=seed)
+        self.validation = validation
+        if validation is None and task is not None:
+            self.validation = Problems(task, 256, "validation")
+        self._rollout_engine = rollout_engine
+        self._steps_per_epoch = steps_per_epoch
+        self._lease_timeout_s = lease_timeout_s
+        self._session: Session | None = None
+        self._first_group = 0
+
+    # ------------------------------------------------------------------ loaders
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; ``None`` if nobody knows."""
+        if self._steps_per_epoch is not None:
+            return self._steps_per_epoch
+        if self.source.pass_size is not None:
+            return max(1, self.source.pass_size // self.steps.prompts)
+        if self.source.is_endless and self.trainer is not None and self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        return None
+
+    def train_dataloader(self) -> Iterable[StepBatch]:
+        """Return one promise of rows for each step."""
+        return _StepLoader(self)
+
+    def val_dataloader(self) -> Any:
+        """Return held-out problems, a list at a time."""
+        if self.validation is None:
+            return []
+        return DataLoader(_AsProblems(self.validation), batch_size=128, collate_fn=list)
+
+    # ------------------------------------------------------------------ the session
+    def sampling(self, *, is_greedy: bool = False) -> Sampling:
+        """Return how completions are drawn.
+
+        Args:
+            is_greedy: take the likeliest token instead.
+        """
+        settings = self.rollout
+        sampling = settings.sampling(self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        if not is_greedy:
+            return sampling
+        return Sampling(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=0.0,
+            eos_token_id=sampling.eos_token_id,
+            pad_token_id=sampling.pad_token_id,
+        )
+
+    def host(
+        self, engine: TrainerEngine, version: int, *, limit: int | None, filters_uninformative: bool
+    ) -> HostSession:
+        """Begin the session on rank 0.
+
+        Args:
+            engine: the trainer engine.
+            version: of its weights.
+            limit: prompt groups to be trained in all; ``None`` for no limit.
+            filters_uninformative: whether groups with equal rewards are replaced.
+        """
+        make_engine = self._rollout_engine or engine.rollout_factory(
+            self.sampling(), num_slots=self.rollout.num_slots, max_length=self.rollout.max_length
+        )
+        session = HostSession(
+            self.steps,
+            self.workflow,
+            self.max_staleness,
+            limit=limit,
+            filters_uninformative=filters_uninformative,
+            weights=engine.weights(),
+            version=version,
+            score=engine.score,
+            rollouts=Rollouts(
+                settings=self.rollout,
+                make_engine=make_engine,
+                reward=self.reward,
+                encode=self.tokenizer.encode,
+                decode=self.tokenizer.decode,
+                problems=self.source.starting_at(self._first_group),
+                first_group=self._first_group,
+                log_dir=self.log_dir,
+                seed=self.seed,
+                lease_timeout_s=self._lease_timeout_s,
+            ),
+        )
+        self._session = session
+        return session
+
+    def join(self, address: SessionAddress, replica_rank: int) -> RankSession:
+        """Join the session on another rank."""
+        session = RankSession(address, self.steps, replica_rank)
+        self._session = session
+        return session
+
+    def session(self) -> Session:
+        """Return the run's session.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if self._session is None:
+            raise ConfigurationError("StreamingDataModule has no session; train an AsyncRL module with it")
+        return self._session
+
+    def is_over(self) -> bool:
+        """Whether all prompts have been trained, as far as this rank knows."""
+        return isinstance(self._session, HostSession) and self._session.is_over
+
+    def close_session(self) -> None:
+        """End rollouts and let go of the queue."""
+        session, self._session = self._session, None
+        if session is not None:
+            if isinstance(session, HostSession):
+                self._first_group += session.num_finished_groups
+            session.close()
+
+    # ------------------------------------------------------------------ Lightning's hooks
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Neither promises of rows nor problems live on a device."""
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """End what is still running."""
+        self.close_session()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End what is still running."""
+        with contextlib.suppress(Exception):
+            self.close_session()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the prompts were gone through."""
+        finished = self._session.num_finished_groups if isinstance(self._session, HostSession) else 0
+        return {"first_group": self._first_group + finished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._first_group = state_dict["first_group"]
+
+
+class _AsProblems(Dataset[Problem]):
+    """A map-style dataset's items as problems."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Problem:
+        return as_problem(self._dataset[index])
+
+
+def _given(value: Any, otherwise: Any, name: str) -> Any:
+    value = otherwise if value is None else value
+    if value is None:
+        raise ConfigurationError(f"StreamingDataModule has no {name}; give {name}=..., or a task")
+    return value

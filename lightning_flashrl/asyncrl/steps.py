@@ -1,0 +1,358 @@
+"""Which rows each training step gets, and when the next prompts begin: the queue's view of the staleness gate.
+
+::
+
+    Feeder ─ prompts, as many as the gate has room for ─▶ queue ─▶ rollouts ─▶ queue
+                                                            │ complete prompt groups
+    training loop ◀─ micro-batches of the current step ─ StepSampler ─ asks ─▶ StalenessGate
+
+The sampler hands the micro-batches of a step to whichever data-parallel rank asks first, and tells each rank when the
+step has no more: the stream of that step ends. The next step begins with :meth:`StepPlan.step_done`.
+
+=====================  ================================================  ==============================
+who                    waits for                                         unblocked by
+=====================  ================================================  ==============================
+the feeder's thread    room in the gate                                  a finished step, a failed group
+=====================  ================================================  ==============================
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from lightning_flashrl.engines.experience import prompt_rows
+from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueClosedError
+from lightning_flashrl.streaming import Candidates, Demand, QueueVerbs, Sampler
+from lightning_flashrl.tasks import Problem
+from lightning_flashrl.weights import StalenessGate
+
+UPDATE = "update"
+"""The queue's task that trains."""
+_GROUP, _REWARD = "prompt.group_id", "reward"
+
+
+class StepPlan:
+    """What feeder, sampler and training loop share. Everything here is called under :attr:`changed`.
+
+    Args:
+        gate: counts prompt groups.
+        group_size: completions of a prompt.
+        waits_for_all: whether a step begins only when it has all its groups (synchronous training).
+        filters_uninformative: whether groups with equal rewards are replaced.
+        limit: groups to be trained in all; ``None`` for no limit.
+
+    Attributes:
+        changed: the lock, and the bell when there may be room.
+        has_ended: there are no more prompts.
+        num_uninformative: rows that were replaced because their group had equal rewards.
+    """
+
+    def __init__(
+        self,
+        gate: StalenessGate,
+        group_size: int,
+        *,
+        waits_for_all: bool,
+        filters_uninformative: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.gate = gate
+        self.group_size = group_size
+        self.waits_for_all = waits_for_all
+        self.filters_uninformative = filters_uninformative and group_size > 1
+        self.changed = threading.Condition(threading.RLock())
+        self.limit = limit
+        self.has_ended = False
+        self.num_uninformative = 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no more groups will begin."""
+        return self.has_ended or self._num_left() == 0
+
+    def room(self) -> int:
+        """Return how many groups may begin now."""
+        left = self._num_left()
+        room = 0 if self.has_ended else self.gate.room()
+        return room if left is None else min(room, left)
+
+    def _num_left(self) -> int | None:
+        """Groups that are neither trained nor under way; those that fail are replaced."""
+        return None if self.limit is None else max(0, self.limit - self.gate.num_trained - self.gate.num_open)
+
+    def step_done(self) -> None:
+        """The current step is committed; the next one begins."""
+        with self.changed:
+            self.gate.trained()
+            self.changed.notify_all()
+
+    def drop(self, group: int) -> None:
+        """A group will never be trained; another one may begin."""
+        self.gate.drop([group])
+        self.changed.notify_all()
+
+
+class StepSampler(Sampler):
+    """Micro-batches of whole prompt groups, step by step.
+
+    Leases name the step in ``policy_version`` and a budget in ``tokens``. A group larger than the budget comes alone.
+    On-policy (without staleness) groups come in the order in which they were put, so that a step has the same
+    micro-batches whether it waits for all its rows or not.
+
+    Args:
+        plan: which groups the step gets.
+    """
+
+    tags = (_GROUP, _REWARD)
+
+    def __init__(self, plan: StepPlan) -> None:
+        super().__init__()
+        self._plan = plan
+        self._groups: dict[int, dict[int, tuple[int, float]]] = {}  # group → row → tokens and reward
+        self._group_of: dict[int, int] = {}
+        self._num_gone: dict[int, int] = {}  # rows of a group that will never come
+        self._picked: collections.deque[int] = collections.deque()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> StepSampler:
+        return StepSampler(self._plan)
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def check(self, demand: Demand) -> None:
+        """Refuse leases that do not say which step they are for.
+
+        Raises:
+            ConfigurationError: no step, or no budget.
+        """
+        if demand.tokens is None or demand.policy_version is None:
+            raise ConfigurationError(
+                f"task {UPDATE!r} hands out micro-batches of a step; give lease(..., tokens=..., policy_version=...)"
+            )
+
+    # ------------------------------------------------------------------ rows come and go
+    def add(self, candidates: Candidates) -> None:
+        """Hold rows that are complete, or came back from a lease. Those of no step of this plan are stale."""
+        with self._plan.changed:
+            known = set(self._plan.gate.open_rows)
+            groups, rewards = candidates.tags[_GROUP].tolist(), candidates.tags[_REWARD].tolist()
+            for row, group, reward, tokens in zip(
+                candidates.rows.tolist(), groups, rewards, candidates.num_tokens.tolist(), strict=True
+            ):
+                if group not in known:
+                    self._stale.append(row)
+                    continue
+                self._groups.setdefault(group, {})[row] = (tokens, reward)
+                self._group_of[row] = group
+
+    def discard(self, rows: Iterable[int]) -> None:
+        """Let go of rows; those that are not held are ignored."""
+        for row in rows:
+            group = self._group_of.pop(row, None)
+            if group is not None:
+                del self._groups[group][row]
+
+    def drop(self, candidates: Candidates) -> None:
+        """Forget rows that will never be ready: their groups do not wait for them."""
+        self.discard(candidates.rows.tolist())
+        with self._plan.changed:
+            for group in candidates.tags[_GROUP].tolist() if _GROUP in candidates.tags else ():
+                self._num_gone[group] = self._num_gone.get(group, 0) + 1
+                if self._num_gone[group] >= self._plan.group_size:
+                    self._forget(group)
+
+    def _forget(self, group: int) -> None:
+        self._groups.pop(group, None)
+        self._num_gone.pop(group, None)
+        if group in self._picked:
+            self._picked.remove(group)
+        self._plan.drop(group)
+
+    # ------------------------------------------------------------------ micro-batches
+    def take(self, demand: Demand) -> list[int]:
+        """Hand out the next micro-batch of a step.
+
+        Raises:
+            EndOfStream: the step has no more, or no more prompts come.
+        """
+        assert demand.tokens is not None
+        assert demand.policy_version is not None
+        plan = self._plan
+        with plan.changed:
+            gate = plan.gate
+            if demand.policy_version > gate.version:
+                return []
+            if demand.policy_version < gate.version:
+                raise EndOfStream(UPDATE, f"step {demand.policy_version} is over")
+            self._pick()
+            is_complete = gate.is_complete(is_last=plan.is_last)
+            if not self._picked:
+                if is_complete:
+                    raise EndOfStream(UPDATE, f"step {demand.policy_version} has no more rows")
+                if plan.is_last and not gate.num_open:
+                    raise EndOfStream(UPDATE, "no more prompts come")
+                return []
+            if plan.waits_for_all and not is_complete:
+                return []
+            return self._portion(demand.tokens, is_complete)
+
+    def _pick(self) -> None:
+        """Let the step take groups that are whole."""
+        plan = self._plan
+        is_open = set(plan.gate.open_rows)
+        self._num_gone = {group: count for group, count in self._num_gone.items() if group in is_open}
+        whole = [group for group in self._groups if self._is_whole(group)]
+        if plan.filters_uninformative:
+            whole = [group for group in whole if not self._is_filtered(group)]
+        # Those that the step had taken before come back when their consumer died.
+        again = [group for group in plan.gate.taken if group in whole and group not in self._picked]
+        self._picked.extend(again)
+        if plan.gate.max_staleness == 0:
+            is_whole = set(whole)
+            in_order = []
+            for group in plan.gate.waiting:
+                if group not in is_whole:
+                    break
+                in_order.append(group)
+            whole = in_order
+        self._picked.extend(plan.gate.take(whole).rows)
+
+    def _is_whole(self, group: int) -> bool:
+        rows = self._groups[group]
+        return bool(rows) and len(rows) + self._num_gone.get(group, 0) >= self._plan.group_size
+
+    def _is_filtered(self, group: int) -> bool:
+        """Whether a group teaches nothing; it is replaced then."""
+        rows = self._groups[group]
+        if group in self._plan.gate.taken or len({reward for _, reward in rows.values()}) > 1:
+            return False
+        self._plan.num_uninformative += len(rows)
+        self._stale += rows
+        for row in rows:
+            del self._group_of[row]
+        self._forget(group)
+        return True
+
+    def _portion(self, tokens: int, is_complete: bool) -> list[int]:
+        """Return the next groups that fill the budget; none if more might still fit in."""
+        chosen: list[int] = []
+        left = tokens
+        for group in self._picked:
+            size = sum(size for size, _ in self._groups[group].values())
+            if chosen and size > left:
+                break
+            chosen.append(group)
+            left -= size
+        else:
+            if not is_complete and left > 0:
+                return []
+        rows: list[int] = []
+        for group in chosen:
+            self._picked.popleft()
+            members = sorted(self._groups.pop(group))
+            for row in members:
+                del self._group_of[row]
+            rows += members
+        return rows
+
+
+class Feeder:
+    """Puts prompts into the queue as the gate has room for them.
+
+    Args:
+        queue: where they go.
+        plan: has the gate.
+        problems: what to ask.
+        encode: a prompt's tokens.
+        first_group: number of the first group.
+        seed: of the random numbers of rollouts.
+
+    Attributes:
+        error: what ended it early.
+        num_begun: groups that it has put.
+    """
+
+    def __init__(
+        self,
+        queue: QueueVerbs,
+        plan: StepPlan,
+        problems: Iterator[Problem],
+        encode: Callable[[str], Sequence[int]],
+        *,
+        first_group: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.error: Exception | None = None
+        self.num_begun = 0
+        self._queue = queue
+        self._plan = plan
+        self._problems = problems
+        self._encode = encode
+        self._next_group = first_group
+        self._seed = seed
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="flashrl-feeder", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._plan.changed:
+            self._is_over = True
+            self._plan.changed.notify_all()
+        self._thread.join()
+
+    # ------------------------------------------------------------------ the thread
+    def _run(self) -> None:
+        try:
+            while count := self._wait_for_room():
+                self._feed(count)
+        except QueueClosedError:
+            pass
+        except Exception as error:  # noqa: BLE001 - the user's own dataset and tokenizer; raised in the training loop
+            self.error = error
+
+    def _wait_for_room(self) -> int:
+        """Return how many groups may begin; 0 at the end."""
+        plan = self._plan
+        with plan.changed:
+            plan.changed.wait_for(lambda: self._is_over or plan.has_ended or plan.room())
+            return 0 if self._is_over else plan.room()
+
+    def _feed(self, count: int) -> None:
+        problems = []
+        for problem in self._problems:
+            problems.append(problem)
+            if len(problems) == count:
+                break
+        tokens = [_encoded(self._encode, problem.prompt) for problem in problems]
+        plan = self._plan
+        with plan.changed:
+            groups = range(self._next_group, self._next_group + len(problems))
+            plan.gate.begin(groups)
+            version = plan.gate.version
+            plan.has_ended = len(problems) < count
+        self._next_group += len(problems)
+        self.num_begun += len(problems)
+        if problems:
+            self._queue.put(
+                prompt_rows(
+                    tokens,
+                    problems,
+                    group_size=plan.group_size,
+                    first_group=groups.start,
+                    seed=self._seed,
+                    min_version=version,
+                )
+            )
+
+
+def _encoded(encode: Callable[[str], Sequence[int]], prompt: str) -> Any:
+    import torch
+
+    tokens = torch.tensor(list(encode(prompt)), dtype=torch.int64)
+    if not len(tokens):
+        raise ConfigurationError(f"the prompt {prompt!r} has no tokens; give prompts that are not empty")
+    return tokens

@@ -1,0 +1,412 @@
+"""Rollout workers as processes of their own, and who watches them.
+
+``python -m lightning_flashrl.engines.process`` reads what it is from standard input, works, and ends when standard
+input does: with whoever started it. What it has done it tells over a pipe, a line of JSON now and then.
+
+=====================  ================================================  ==========================
+who                    waits for                                         unblocked by
+=====================  ================================================  ==========================
+the fleet's thread     a line of a worker, the end of a worker           the workers · the fleet's end
+a worker's watcher     the end of standard input                         whoever started the worker
+=====================  ================================================  ==========================
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import cloudpickle
+
+from lightning_flashrl import clock
+from lightning_flashrl.engines.base import RolloutEngine
+from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics
+from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError, WorkerFailedError
+from lightning_flashrl.streaming import TransferQueueClient
+from lightning_flashrl.tasks import RewardFn
+from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress
+
+_REPORT_S = 0.25
+_END_TIMEOUT_S = 5.0
+_LENGTH = struct.Struct("<Q")
+_MAX_DEATHS = 5
+"""Deaths of workers within :data:`_DEATH_WINDOW_S` that are replaced."""
+_DEATH_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a rollout worker's process must know.
+
+    Attributes:
+        endpoint: of the queue.
+        secret: of the queue.
+        weights: where the trainer publishes.
+        swap: when it takes new weights.
+        make_engine: makes the engine, in the worker's process.
+        reward: scores.
+        decode: turns tokens into text.
+        num_places: prompts that are under way together.
+        num_threads: of torch.
+    """
+
+    endpoint: str
+    secret: str
+    weights: WeightsAddress
+    swap: Swap
+    make_engine: Callable[[], RolloutEngine]
+    reward: RewardFn
+    decode: Callable[[list[int]], str]
+    num_places: int
+    num_threads: int = 1
+
+
+@dataclass(slots=True)
+class WorkerRecord:
+    """One worker's process as the job's books have it.
+
+    Attributes:
+        rank: number of the worker among the workers.
+        pid: its process.
+        since_s: when it was started, on the wall clock.
+        state: ``"starting"``, ``"serving"``, ``"ended"`` or ``"lost"``.
+        statistics: what it has told last.
+        alive_s: how long it has served when it told that.
+    """
+
+    rank: int
+    pid: int
+    since_s: float
+    state: str = "starting"
+    statistics: WorkerStatistics = field(default_factory=WorkerStatistics)
+    alive_s: float = 0.0
+
+
+class _Process:
+    """A worker's process, seen from who started it."""
+
+    def __init__(self, rank: int, payload: bytes, log_path: Path | None) -> None:
+        report_fd, write_fd = os.pipe()
+        log: IO[bytes] | None = None if log_path is None else log_path.open("ab")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(write_fd)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[write_fd],
+                start_new_session=True,  # Ctrl-C is for who started it
+            )
+        except BaseException:
+            os.close(report_fd)
+            raise
+        finally:
+            os.close(write_fd)
+            if log is not None:
+                log.close()
+        self.record = WorkerRecord(rank, self._process.pid, clock.wall_s())
+        self.report_fd = report_fd
+        self.error = ""
+        self._unread = b""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: seen at the end of its reports
+            self._process.stdin.write(payload)
+            self._process.stdin.flush()
+
+    def read(self) -> bool:
+        """Take in what it has told; return whether there may be more."""
+        data = os.read(self.report_fd, 65536)
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            told = json.loads(line)
+            self.error = told.get("error", "")
+            if "statistics" in told:
+                self.record.statistics = WorkerStatistics(**told["statistics"])
+                self.record.alive_s = told["alive_s"]
+                self.record.state = "serving"
+        return bool(data)
+
+    def wait(self) -> int:
+        """Wait for the end of a process that is ending."""
+        os.close(self.report_fd)
+        self._close_input()
+        try:
+            status = self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self.record.state = "ended" if status == 0 else "lost"
+        return status
+
+    def end(self) -> None:
+        """Tell it to end."""
+        self._close_input()
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+
+    def _close_input(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+
+class RolloutFleet:
+    """Rollout workers of a job on this host. A worker that is killed is replaced; one that raises ends the job.
+
+    Args:
+        settings: of each worker.
+        num_workers: how many.
+        log_dir: where their output goes, ``rollout-<rank>.log``; ``None`` leaves it where this process's goes.
+
+    Attributes:
+        num_replaced: workers that died and were replaced.
+
+    Raises:
+        ConfigurationError: no workers, or a reward or engine that cannot be sent to another process.
+    """
+
+    def __init__(self, settings: WorkerSettings, num_workers: int, log_dir: Path | None = None) -> None:
+        if num_workers < 1:
+            raise ConfigurationError(f"rollout.workers={num_workers}; use 1 or more")
+        self._payload = _pack(settings)
+        self._log_dir = log_dir
+        if log_dir is not None:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        self.num_replaced = 0
+        self._error: FlashRLError | None = None
+        self._deaths: collections.deque[float] = collections.deque(maxlen=_MAX_DEATHS + 1)
+        self._lock = threading.Lock()
+        self._processes: dict[int, _Process] = {}
+        self._past: list[WorkerRecord] = []
+        self._selector = selectors.DefaultSelector()
+        self._wake_fd, self._waker_fd = os.pipe()
+        self._selector.register(self._wake_fd, selectors.EVENT_READ)
+        self._is_over = False
+        for rank in range(num_workers):
+            self._start(rank)
+        self._thread = threading.Thread(target=self._watch, name="flashrl-fleet", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Say what went wrong, if anything did.
+
+        Raises:
+            WorkerFailedError: a worker raised an error, or too many died.
+        """
+        if self._error is not None:
+            raise self._error
+
+    def records(self) -> list[WorkerRecord]:
+        """Return what is known of each worker, also of those that are gone."""
+        with self._lock:
+            return [*self._past, *(process.record for process in self._processes.values())]
+
+    def statistics(self) -> WorkerStatistics:
+        """Return the sum of what all workers have done; ``version`` is the oldest that one has now."""
+        total = WorkerStatistics()
+        records = self.records()
+        for name in (item.name for item in dataclasses.fields(total)):
+            setattr(total, name, sum(getattr(record.statistics, name) for record in records))
+        serving = [record.statistics.version for record in records if record.state == "serving"]
+        total.version = min(serving, default=0)
+        return total
+
+    def idle_share(self) -> float:
+        """Return the share of the workers' time in which they had nothing to generate; 0 before they serve."""
+        records = self.records()
+        alive_s = sum(record.alive_s for record in records)
+        return sum(record.statistics.idle_s for record in records) / alive_s if alive_s else 0.0
+
+    def close(self) -> None:
+        """End all workers and wait for that."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+            for process in self._processes.values():
+                process.end()
+        os.write(self._waker_fd, b".")
+        self._thread.join(2 * _END_TIMEOUT_S)
+        for process in self._processes.values():  # those that did not hear
+            process.kill()
+        self._thread.join()
+        self._selector.close()
+        os.close(self._wake_fd)
+        os.close(self._waker_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the thread
+    def _start(self, rank: int) -> None:
+        path = None if self._log_dir is None else self._log_dir / f"rollout-{rank}.log"
+        process = _Process(rank, self._payload, path)
+        self._processes[process.report_fd] = process
+        self._selector.register(process.report_fd, selectors.EVENT_READ)
+
+    def _watch(self) -> None:
+        while self._processes:
+            for key, _ in self._selector.select():
+                if key.fd == self._wake_fd:
+                    self._selector.unregister(self._wake_fd)
+                    continue
+                process = self._processes[key.fd]
+                if not process.read():
+                    self._selector.unregister(key.fd)
+                    self._ended(process)
+
+    def _ended(self, process: _Process) -> None:
+        status = process.wait()
+        with self._lock:
+            del self._processes[process.report_fd]
+            self._past.append(process.record)
+            if self._is_over or status == 0:
+                return
+            name = f"rollout worker {process.record.rank}"
+            if process.error:
+                self._error = WorkerFailedError(name, f"raised:\n{process.error}")
+                return
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with status {status}"
+            self._deaths.append(clock.now_s())
+            if len(self._deaths) > _MAX_DEATHS and self._deaths[-1] - self._deaths[0] < _DEATH_WINDOW_S:
+                self._error = WorkerFailedError(
+                    name,
+                    f"{how}, as others before it: {len(self._deaths)} deaths within {_DEATH_WINDOW_S:g} s; look at "
+                    "their output, and at the memory of the machine",
+                )
+                return
+            self.num_replaced += 1
+            self._start(process.record.rank)
+
+
+def _pack(settings: WorkerSettings) -> bytes:
+    """Search path first, so that what is pickled by name is found."""
+    try:
+        body = cloudpickle.dumps(settings)
+    except (TypeError, pickle.PicklingError, AttributeError) as error:
+        raise ConfigurationError(
+            f"the reward or the rollout engine cannot be sent to another process ({error}); give functions and classes "
+            "that hold no open files, locks or processes"
+        ) from error
+    paths = json.dumps([path or os.getcwd() for path in sys.path]).encode()
+    return b"".join(part for item in (paths, body) for part in (_LENGTH.pack(len(item)), item))
+
+
+# --------------------------------------------------------------------------- the worker's process
+def _read_part(stream: IO[bytes]) -> bytes:
+    [length] = _LENGTH.unpack(stream.read(_LENGTH.size))
+    return stream.read(length)
+
+
+class _Reporter:
+    """Tells now and then what the worker has done."""
+
+    def __init__(self, fd: int, statistics: WorkerStatistics) -> None:
+        self._fd = fd
+        self._statistics = statistics
+        self._begin_s = clock.now_s()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flashrl-reporter", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.tell()
+        while not self._over.wait(_REPORT_S):
+            self.tell()
+
+    def tell(self) -> None:
+        told = {"statistics": dataclasses.asdict(self._statistics), "alive_s": clock.now_s() - self._begin_s}
+        _tell(self._fd, told)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self.tell()
+
+
+def _tell(fd: int, told: dict[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # who started it is gone
+        os.write(fd, json.dumps(told).encode() + b"\n")
+
+
+def _watch_input(stop: threading.Event) -> None:
+    """Standard input ends with whoever started this process: stop, and soon whatever it is doing."""
+    while os.read(0, 4096):
+        pass
+    stop.set()
+    clock.sleep(_END_TIMEOUT_S)
+    os._exit(1)
+
+
+def _serve(settings: WorkerSettings, report_fd: int, stop: threading.Event) -> None:
+    import torch
+
+    torch.set_num_threads(settings.num_threads)
+    engine = settings.make_engine()
+    with (
+        TransferQueueClient(settings.endpoint, settings.secret) as queue,
+        WeightReceiver(settings.weights, settings.swap) as receiver,
+    ):
+        receiver.load(engine)
+        worker = RolloutWorker(
+            queue,
+            engine,
+            settings.reward,
+            settings.decode,
+            receiver=receiver,
+            num_places=settings.num_places,
+        )
+        reporter = _Reporter(report_fd, worker.statistics)
+        try:
+            worker.run(stop)
+        finally:
+            reporter.stop()
+
+
+def main() -> None:
+    """Be a rollout worker until the stream or standard input ends."""
+    report_fd = int(sys.argv[1])
+    sys.path[:] = json.loads(_read_part(sys.stdin.buffer))
+    stop = threading.Event()
+    try:
+        settings = pickle.loads(_read_part(sys.stdin.buffer))
+        threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
+        _serve(settings, report_fd, stop)
+    except QueueUnavailableError:
+        if not stop.is_set():
+            _tell(report_fd, {"error": traceback.format_exc()})
+            sys.exit(1)
+    except Exception:  # noqa: BLE001 - told to whoever started this process
+        _tell(report_fd, {"error": traceback.format_exc()})
+        sys.exit(1)
+    # What a user's engine has left running does not keep the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
