@@ -221,6 +221,11 @@ class StreamingDataModule(L.LightningDataModule):
             raise ConfigurationError("StreamingDataModule has no session; train an AsyncRL module with it")
         return self._session
 
+    @property
+    def current_session(self) -> Session | None:
+        """The run's session, if there is one."""
+        return self._session
+
     def is_over(self) -> bool:
         """Whether all prompts have been trained, as far as this rank knows."""
         return isinstance(self._session, HostSession) and self._session.is_over

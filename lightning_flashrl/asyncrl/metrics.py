@@ -77,7 +77,7 @@ class StepMetrics:
             vectors: ``[W, K]``, one of each rank.
 
         Returns:
-            By name; ``count`` and ``rows`` are sums, all others means over rows or tokens.
+            By name; ``count``, ``rows`` and ``tokens`` are sums, all others means over rows or tokens.
         """
         num_sums = len(self._sums)
         sums = dict(zip(self._sums, vectors[:, :num_sums].sum(dim=0).tolist(), strict=True))

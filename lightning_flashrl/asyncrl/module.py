@@ -42,6 +42,9 @@ class AsyncRL(L.LightningModule):
         lr_scheduler: makes its scheduler, which counts steps; ``None`` for none.
         gradient_clip_norm: gradients are cut to this norm; ``None`` for no cut.
 
+    Attributes:
+        last_step: numbers of the last step, by the names under which they are logged.
+
     Raises:
         ConfigurationError: an algorithm that needs what is not there.
 
@@ -70,6 +73,7 @@ class AsyncRL(L.LightningModule):
         self._make_optimizer = optimizer
         self._make_scheduler = lr_scheduler
         self.register_buffer("_policy_version", torch.zeros((), dtype=torch.int64))
+        self.last_step: dict[str, float] | None = None
         self._step_began_s = 0.0
         self._last_waited_s = 0.0
 
@@ -233,17 +237,18 @@ class AsyncRL(L.LightningModule):
         now_s = clock.now_s()
         step_s, self._step_began_s = now_s - self._step_began_s, now_s
         waited_s, self._last_waited_s = session.waited_s - self._last_waited_s, session.waited_s
-        rows = int(found.pop("rows"))
-        del found["count"]
-        tokens = found.pop("tokens")
+        rows = int(found["rows"])
         logged = {
             **found,
             "policy_version": float(self.policy_version),
-            "tokens_per_s": tokens / step_s,
+            "step_s": step_s,
+            "waited_s": waited_s,
+            "tokens_per_s": found["tokens"] / step_s,
             "idle_share/trainer": waited_s / step_s,
         }
         if isinstance(session, HostSession):
             logged |= session.metrics()
+        self.last_step = logged
         shown = {"reward", "staleness/oldest", "tokens_per_s", "idle_share/trainer", "idle_share/rollout"}
         for name, value in logged.items():
             self.log(name, value, prog_bar=name in shown, batch_size=rows, rank_zero_only=True)

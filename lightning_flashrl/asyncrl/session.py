@@ -318,6 +318,27 @@ class HostSession(Session):
             raise self.feeder.error
         self.fleet.check()
 
+    def books(self) -> dict[str, float]:
+        """Return what became of all rows so far, and how busy everybody was.
+
+        Rows are counted by the queue's ledger; those that were left out, by the plan. What neither knows of is lost.
+        """
+        counts = self.host_queue.statistics()
+        update = counts.tasks[UPDATE]
+        with self.plan.changed:
+            dropped = self.plan.num_failed + self.plan.num_uninformative
+        dropped += update.num_stale - self.plan.num_uninformative
+        return {
+            "rows_generated": float(counts.tasks["rollout"].num_committed),
+            "rows_committed": float(update.num_committed),
+            "rows_dropped": float(dropped),
+            "rows_left": float(update.num_open),
+            "rows_lost": float(counts.num_put - update.num_committed - dropped - update.num_open),
+            "rollout_idle_share": self.fleet.idle_share(),
+            "exposed_sync_s": self.publisher.exposed_s,
+            "workers_replaced": float(self.fleet.num_replaced),
+        }
+
     def metrics(self) -> dict[str, float]:
         """Return numbers to log with each step."""
         done, task = self.fleet.statistics(), self.host_queue.statistics().tasks

@@ -48,6 +48,7 @@ class StepPlan:
         changed: the lock, and the bell when there may be room.
         has_ended: there are no more prompts.
         num_uninformative: rows that were replaced because their group had equal rewards.
+        num_failed: rows that were cleared before they were complete.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class StepPlan:
         self.limit = limit
         self.has_ended = False
         self.num_uninformative = 0
+        self.num_failed = 0
 
     @property
     def is_last(self) -> bool:
@@ -159,6 +161,7 @@ class StepSampler(Sampler):
         """Forget rows that will never be ready: their groups do not wait for them."""
         self.discard(candidates.rows.tolist())
         with self._plan.changed:
+            self._plan.num_failed += len(candidates.rows)
             for group in candidates.tags[_GROUP].tolist() if _GROUP in candidates.tags else ():
                 self._num_gone[group] = self._num_gone.get(group, 0) + 1
                 if self._num_gone[group] >= self._plan.group_size:

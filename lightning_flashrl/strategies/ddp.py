@@ -61,6 +61,11 @@ class FlashDDPStrategy(DDPStrategy):
         self.runtime: RecoveryRuntime | None = None
         self.session: FitSession | None = None
 
+    @property
+    def num_recoveries(self) -> int:
+        """Recoveries of this job so far."""
+        return 0 if self.runtime is None else self.runtime.communicator.quorum_id
+
     # ------------------------------------------------------------------ processes and groups
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None

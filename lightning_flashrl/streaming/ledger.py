@@ -607,12 +607,15 @@ class Ledger:
         return Candidates(rows, num_tokens, {tag: self._tags[tag][rows] for tag in pool.sampler.tags})
 
     def _known(self, rows: Rows, cells: npt.NDArray[np.int64], pool: Pool) -> list[Candidates]:
-        """Return rows with the tags that were written: one part with all of them, one with none."""
-        wanted = self.schema.bits(pool.sampler.tags)
-        has_tags = (cells[:, _READY] & wanted) == wanted
-        with_tags = self._candidates(rows[has_tags], cells[has_tags], pool)
-        without = Candidates(rows[~has_tags], np.zeros(int((~has_tags).sum()), np.int64))
-        return [part for part in (with_tags, without) if len(part.rows)]
+        """Return rows with those tags that were written: a part for each set of tags that occurs."""
+        written = cells[:, _READY] & self.schema.bits(pool.sampler.tags)
+        parts = []
+        for bits in np.unique(written).tolist():
+            some = rows[written == bits]
+            names = set(self.schema.names(bits))
+            tags = {tag: self._tags[tag][some] for tag in pool.sampler.tags if tag in names}
+            parts.append(Candidates(some, np.zeros(len(some), np.int64), tags))
+        return parts
 
 
 def _refuse_twice(rows: Rows) -> None:

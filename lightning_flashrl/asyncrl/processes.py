@@ -1,0 +1,98 @@
+"""Which processes a run has: found in the process tree, named by those who know them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_flashrl import clock
+
+_STATES = {"R": "running", "S": "running", "D": "running", "I": "running", "T": "stopped", "t": "stopped"}
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEntry:
+    """One process of a run.
+
+    Attributes:
+        role: ``"trainer"``, ``"rollout"``, … ; ``"supervisor"`` for the rest of the tree.
+        rank: number within the role; −1 where there is none.
+        pid: its number.
+        since_s: start, in seconds since the Unix epoch.
+        state: ``"running"``, ``"stopped"``, ``"ended"``, or what the process said of itself.
+    """
+
+    role: str
+    rank: int
+    pid: int
+    since_s: float
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    pid: int
+    parent: int
+    state: str
+    since_s: float
+
+
+def _look_around() -> dict[int, _Seen]:
+    """Return every process of the machine that can be seen."""
+    found = {}
+    boot_s = clock.wall_s() - clock.now_s()
+    ticks = os.sysconf("SC_CLK_TCK")
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                found[int(name)] = _Seen(int(name), int(fields[1]), fields[0], boot_s + int(fields[19]) / ticks)
+    return found
+
+
+def list_processes(root_pid: int, known: Mapping[int, tuple[str, int, str]]) -> list[ProcessEntry]:
+    """Return the processes of a tree.
+
+    Args:
+        root_pid: its root.
+        known: role, rank and own word of processes, by pid; those that are gone are listed as ended. An empty word
+            leaves the state to the operating system.
+    """
+    seen = _look_around()
+    children: dict[int, list[int]] = {}
+    for process in seen.values():
+        children.setdefault(process.parent, []).append(process.pid)
+    tree, line = set(known), [root_pid]
+    while line:
+        pid = line.pop()
+        tree.add(pid)
+        line += [child for child in children.get(pid, ()) if child not in tree]
+    entries = []
+    for pid in sorted(tree):
+        role, rank, word = known.get(pid, ("supervisor", -1, ""))
+        if pid not in seen or seen[pid].state in "ZX":
+            if pid in known:
+                entries.append(ProcessEntry(role, rank, pid, 0.0, "ended"))
+            continue
+        process = seen[pid]
+        state = _STATES.get(process.state, process.state)
+        entries.append(ProcessEntry(role, rank, pid, process.since_s, word if word and state == "running" else state))
+    return sorted(entries, key=lambda entry: (entry.role != "trainer", entry.role, entry.rank, entry.pid))
+
+
+def write_processes(path: Path, entries: list[ProcessEntry]) -> None:
+    """Write them, whole or not at all."""
+    text = json.dumps({"written_s": clock.wall_s(), "processes": [asdict(entry) for entry in entries]}, indent=1)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def read_processes(path: Path) -> tuple[float, list[ProcessEntry]]:
+    """Return when they were written, and them."""
+    found = json.loads(path.read_text())
+    return found["written_s"], [ProcessEntry(**entry) for entry in found["processes"]]

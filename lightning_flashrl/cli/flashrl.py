@@ -1,0 +1,283 @@
+"""``flashrl``: asynchronous reinforcement learning from Hydra recipes.
+
+::
+
+    flashrl experiment=grpo_sort weights.max_staleness=2 rollout.workers=1
+    flashrl -m experiment=grpo_sort seed=0,1,2
+    flashrl status outputs/grpo_sort/2026-11-25_10-00-00
+    flashrl report outputs/grpo_sort/2026-11-25_10-00-00
+
+Objects are built here and nowhere else: the library never sees a config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from lightning_flashrl.errors import ConfigurationError, FlashRLError
+
+_OUTPUT_DIR = "FLASHRL_OUTPUT_DIR"
+"""Where the run writes, for the ranks that it starts."""
+_HERE = Path(__file__).resolve().parent.parent
+CONFIGS = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent / "configs"
+"""The recipes: beside the package in a checkout, inside it in an installed one."""
+
+
+# --------------------------------------------------------------------------- building
+def build(cfg: DictConfig, output_dir: Path) -> tuple[Any, Any, Any, Any]:
+    """Build what a run needs.
+
+    Args:
+        cfg: the whole config.
+        output_dir: where the run writes.
+
+    Returns:
+        Trainer, module, data module and recorder.
+
+    Raises:
+        ConfigurationError: a value that cannot be.
+    """
+    from hydra.utils import instantiate
+
+    from lightning_flashrl.asyncrl import AsyncRL, RolloutSettings, StepSettings, StreamingDataModule
+    from lightning_flashrl.asyncrl.progress import RunProgress
+    from lightning_flashrl.asyncrl.recorder import RunRecorder
+
+    make = functools.partial(instantiate, _convert_="all")
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    task = make(cfg.task)
+    tokenizer, vocabulary = _tokenizer(plain["trainer_engine"], task)
+    engine = make(cfg.trainer_engine, **vocabulary)
+    data = StreamingDataModule(
+        task,
+        tokenizer=tokenizer,
+        workflow=plain["workflow"]["mode"],
+        max_staleness=plain["weights"]["max_staleness"],
+        steps=StepSettings(**plain["steps"]),
+        rollout=RolloutSettings(**plain["rollout"]),
+        seed=plain["seed"],
+        log_dir=output_dir / "logs",
+    )
+    module = AsyncRL(engine, make(cfg.algorithm), optimizer=make(cfg.optimizer))
+    recorder = RunRecorder(output_dir)
+    callbacks = [RunProgress(), recorder, *make(cfg.callbacks).values()]
+    trainer = make(
+        cfg.trainer,
+        strategy=plain["strategy"]["name"],
+        callbacks=callbacks,
+        logger=[*make(cfg.logger).values()],
+        default_root_dir=str(output_dir),
+        enable_progress_bar=False,
+        num_sanity_val_steps=-1,
+        val_check_interval=plain["validate_every"],
+        check_val_every_n_epoch=None,
+    )
+    return trainer, module, data, recorder
+
+
+def _tokenizer(trainer_engine: dict[str, Any], task: Any) -> tuple[Any, dict[str, int]]:
+    """Return the tokenizer, and the vocabulary of a model that is made from a config."""
+    from lightning_flashrl.tasks import CharacterTokenizer
+
+    path = trainer_engine.get("path")
+    if path is None:
+        tokenizer = CharacterTokenizer(task.alphabet)
+        return tokenizer, {"vocab_size": len(tokenizer)}
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True), {}
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"trainer_engine.path={path!r} holds no tokenizer ({error}); save one beside the model"
+        ) from error
+
+
+def _warm_start(module: Any, data: Any, settings: dict[str, Any], output_dir: Path, console: Console) -> None:
+    """Train on demonstrations first; once for all ranks and their replacements."""
+    import torch
+
+    from lightning_flashrl.asyncrl.warm_start import warm_start
+
+    if not settings["steps"]:
+        return
+    kept = output_dir / "warm_start.pt"
+    if kept.exists():
+        module.trainer_engine.load_state_dict(torch.load(kept))
+        return
+    if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
+        return  # rank 0's weights are everybody's
+    every = max(1, settings["steps"] // 3)
+
+    def tell(step: int, loss: float) -> None:
+        if (step + 1) % every == 0:
+            console.print(f"warm start: step {step + 1}/{settings['steps']}, loss {loss:.3f}", highlight=False)
+
+    warm_start(module.trainer_engine, data.task, data.tokenizer, **settings, on_step=tell)
+    beside = kept.with_suffix(".tmp")
+    torch.save(module.trainer_engine.state_dict(), beside)
+    beside.replace(kept)
+
+
+def train(cfg: DictConfig, output_dir: Path, console: Console) -> dict[str, Any]:
+    """Do a run and return its summary.
+
+    Args:
+        cfg: the whole config.
+        output_dir: where it writes.
+        console: for people.
+    """
+    import lightning as L
+    import torch
+
+    from lightning_flashrl.asyncrl.recorder import SUMMARY_KEYS
+    from lightning_flashrl.report.run_report import write_run_report
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if "OMP_NUM_THREADS" not in os.environ:
+        num_processes = cfg.rollout.workers + (cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+    L.seed_everything(cfg.seed, verbose=False)
+    trainer, module, data, recorder = build(cfg, output_dir)
+    settings: Any = OmegaConf.to_container(cfg.warm_start, resolve=True)
+    _warm_start(module, data, settings, output_dir, console)
+    trainer.fit(module, data, ckpt_path=cfg.resume_from)
+    if recorder.last_validated_step != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
+    if not trainer.is_global_zero:
+        return {}
+    summary: dict[str, Any] = recorder.write_summary(module)
+    report = write_run_report(output_dir, SUMMARY_KEYS)
+    _print_summary(console, summary)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def _print_summary(console: Console, summary: dict[str, Any]) -> None:
+    def shown(name: str) -> str:
+        value = summary[name]
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+    table = Table(show_header=False, box=None)
+    for title, names in (
+        ("steps", ("steps",)),
+        ("reward, first and last", ("reward_first", "reward_last")),
+        ("accuracy, first and last", ("accuracy_first", "accuracy_last")),
+        ("rows generated, trained", ("rows_generated", "rows_trained")),
+        ("rows dropped, lost, doubled", ("rows_dropped", "rows_lost", "rows_duplicated")),
+        ("staleness, largest", ("staleness_max",)),
+        ("idle, trainer and rollout", ("trainer_idle_share", "rollout_idle_share")),
+        ("seconds", ("wall_s",)),
+    ):
+        table.add_row(title, *(shown(name) for name in names))
+    console.print(table)
+
+
+# --------------------------------------------------------------------------- commands
+@contextlib.contextmanager
+def _announced(output_dir: Path) -> Iterator[None]:
+    """Let ranks that this process starts write to the same folder."""
+    before = os.environ.get(_OUTPUT_DIR)
+    os.environ[_OUTPUT_DIR] = str(output_dir)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_OUTPUT_DIR]
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+def _run(cfg: DictConfig) -> float | None:
+    settings = HydraConfig.get()
+    output_dir = Path(os.environ.get(_OUTPUT_DIR) or settings.runtime.output_dir).resolve()
+    cfg.paths.output_dir = str(output_dir)
+    if settings.mode == RunMode.MULTIRUN and cfg.strategy.name == "flash_ddp":
+        raise ConfigurationError("strategy=flash_ddp starts its ranks with the same command line; run without -m")
+    with _announced(output_dir):
+        summary = train(cfg, output_dir, Console())
+    return summary.get("reward_last")
+
+
+def status(output_dir: Path, console: Console) -> int:
+    """Show a run's processes. Returns the exit status."""
+    from lightning_flashrl import clock
+    from lightning_flashrl.asyncrl.processes import read_processes
+
+    path = output_dir / "processes.json"
+    try:
+        written_s, entries = read_processes(path)
+    except FileNotFoundError:
+        console.print(f"{path} does not exist; give the output folder of a run that has begun to train", style="red")
+        return 1
+    table = Table("role", "rank", "pid", "since", "state")
+    now_s = clock.wall_s()
+    for entry in entries:
+        is_there = Path(f"/proc/{entry.pid}").exists()
+        since = f"{now_s - entry.since_s:,.0f} s" if is_there and entry.since_s else "–"
+        rank = str(entry.rank) if entry.rank >= 0 else ""
+        table.add_row(entry.role, rank, str(entry.pid), since, entry.state if is_there else "ended")
+    console.print(table)
+    console.print(f"as of {now_s - written_s:,.1f} s ago", highlight=False)
+    return 0
+
+
+def report(output_dir: Path, console: Console) -> int:
+    """Draw a run's report anew. Returns the exit status."""
+    from lightning_flashrl.asyncrl.recorder import SUMMARY_KEYS
+    from lightning_flashrl.report.run_report import write_run_report
+
+    try:
+        path = write_run_report(output_dir, SUMMARY_KEYS)
+    except FileNotFoundError as error:
+        console.print(f"{error.filename} does not exist; give the output folder of a run", style="red")
+        return 1
+    console.print(str(path), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _what_was_wrong(error: BaseException) -> str:
+    """Return the package's own text if there is one below Hydra's, else Hydra's and what it was caused by."""
+    own: BaseException | None = error
+    while own is not None and not isinstance(own, FlashRLError):
+        own = own.__cause__
+    if own is not None:
+        return str(own)
+    cause = "" if error.__cause__ is None else f"\n{error.__cause__}"
+    return f"{error}{cause}"
+
+
+def main() -> None:
+    """Be ``flashrl``."""
+    commands = {"status": status, "report": report}
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        if len(sys.argv) != 3:
+            sys.exit(f"usage: flashrl {sys.argv[1]} DIR")
+        sys.exit(commands[sys.argv[1]](Path(sys.argv[2]), Console()))
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        _run()
+    except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
+        print(f"flashrl: {_what_was_wrong(error)}", file=sys.stderr)
+        sys.exit(2)
+    except FlashRLError as error:
+        print(f"flashrl: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
