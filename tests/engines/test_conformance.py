@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_flashrl.engines import Completion, Sampling
-from lightning_flashrl.engines.rollout import SlotDecoder
+from lightning_flashrl.engines.rollout import SlotDecoder, TransformersGenerate
 from lightning_flashrl.testing.engines import check_rollout_engine
 
 
@@ -32,6 +32,14 @@ def test_the_slot_decoder_keeps_it(num_slots: int, recompute_cache: bool) -> Non
         return SlotDecoder(
             _model(0), sampling, num_slots=num_slots, max_length=20, recompute_cache=recompute_cache, version=2
         )
+
+    check_rollout_engine(make, _model(1).state_dict(), vocabulary=23)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_the_generation_of_transformers_keeps_it(batch_size: int) -> None:
+    def make(sampling: Sampling) -> TransformersGenerate:
+        return TransformersGenerate(_model(0), sampling, batch_size=batch_size, max_length=20, version=2)
 
     check_rollout_engine(make, _model(1).state_dict(), vocabulary=23)
 
