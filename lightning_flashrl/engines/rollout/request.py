@@ -15,7 +15,7 @@ from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling
 from lightning_flashrl.errors import ConfigurationError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A prompt and what has been produced for it.
 
@@ -48,6 +48,11 @@ class Request:
     def context(self) -> list[int]:
         """The prompt and all tokens so far."""
         return [*self.prompt.tokens.tolist(), *self.tokens]
+
+    @property
+    def last(self) -> int:
+        """The newest token."""
+        return self.tokens[-1] if self.tokens else int(self.prompt.tokens[-1])
 
     def take(self, token: int, logprob: float, version: int, sampling: Sampling) -> Finish | None:
         """Append a token; return how that finishes the request, ``None`` if it goes on."""
