@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.engines.exchange import exchanged_weights
 from lightning_flashrl.engines.rollout.request import Request, check_prompts, draw, score_tokens
 from lightning_flashrl.errors import ConfigurationError
 
@@ -148,7 +149,7 @@ class TransformersGenerate:
             ConfigurationError: a name or shape that the model does not have, or lacks.
         """
         check_weights(self._model, weights)
-        for name, target in self._model.state_dict().items():
+        for name, target in exchanged_weights(self._model).items():
             target.copy_(weights[name])
         self.version = version
 

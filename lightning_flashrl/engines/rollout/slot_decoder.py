@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.engines.exchange import exchanged_weights
 from lightning_flashrl.engines.rollout.request import Request, check_prompts, draw, score_tokens
 from lightning_flashrl.errors import ConfigurationError
 
@@ -218,7 +219,7 @@ class SlotDecoder:
             ConfigurationError: a name or shape that the model does not have, or lacks.
         """
         check_weights(self._model, weights)
-        for name, target in self._model.state_dict().items():
+        for name, target in exchanged_weights(self._model).items():
             target.copy_(weights[name])
         self.version = version
         if self.recompute_cache:
