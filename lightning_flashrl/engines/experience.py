@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from lightning_flashrl.streaming import Field
@@ -14,6 +15,7 @@ EXPERIENCE: dict[str, Any] = {
         "tokens": Field(torch.int64, (None,)),
         "text": Field(str),
         "answer": Field(str),
+        "data": Field(str),
         "group_id": Field(int),
         "seed": Field(int),
     },
@@ -28,8 +30,8 @@ EXPERIENCE: dict[str, Any] = {
 }
 """``prompt`` is written by whoever brings prompts, all others by rollout workers.
 
-* ``prompt.tokens`` ``[P]``; ``text`` and ``answer`` for the reward; ``group_id`` of the prompt group; ``seed`` of its
-  random numbers.
+* ``prompt.tokens`` ``[P]``; ``text``, ``answer`` and ``data`` (a JSON object) for the reward; ``group_id`` of the
+  prompt group; ``seed`` of its random numbers.
 * ``response.tokens`` ``[T]`` with the end token; ``rollout_logprobs`` ``[T]`` under the policy that sampled each token;
   ``versions`` ``[T]`` of these policies; ``is_complete`` unless it was cut at its longest.
 * ``policy_version``: the oldest of ``versions``.
@@ -45,6 +47,7 @@ def prompt_rows(
     group_size: int,
     first_group: int,
     seed: int = 0,
+    data: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the columns of prompt groups: each prompt ``group_size`` times, one after the other.
 
@@ -55,12 +58,15 @@ def prompt_rows(
         group_size: completions of a prompt.
         first_group: number of the first group.
         seed: of the run; each row gets one of its own.
+        data: of each prompt, what else its reward needs: numbers and texts by name.
     """
+    encoded = [msgspec.json.encode(values).decode() for values in data or [{}] * len(tokens)]
     numbers = range(len(tokens) * group_size)
     return {
         "prompt.tokens": [tokens[number // group_size] for number in numbers],
         "prompt.text": [texts[number // group_size] for number in numbers],
         "prompt.answer": [answers[number // group_size] for number in numbers],
+        "prompt.data": [encoded[number // group_size] for number in numbers],
         "prompt.group_id": [first_group + number // group_size for number in numbers],
         "prompt.seed": [(seed << 40) + first_group * group_size + number for number in numbers],
     }

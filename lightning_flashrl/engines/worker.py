@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import Completion, Finish, Prompt, RolloutEngine
 from lightning_flashrl.errors import (
@@ -34,7 +36,7 @@ from lightning_flashrl.streaming import Lease, QueueVerbs
 from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import WeightReceiver
 
-_PROMPT_FIELDS = ("prompt.tokens", "prompt.text", "prompt.answer", "prompt.seed")
+_PROMPT_FIELDS = ("prompt.tokens", "prompt.text", "prompt.answer", "prompt.data", "prompt.seed")
 _LOOK_S = 0.2
 
 
@@ -162,9 +164,10 @@ class RolloutWorker:
         row = completion.request_id
         lease = self._leases[row]
         tokens = completion.tokens.tolist()
-        text, answer = lease["prompt.text"][0], lease["prompt.answer"][0]
+        text = lease["prompt.text"][0]
         try:
-            reward = float(self._reward(text, self._decode(tokens), {"answer": answer}))
+            known = {**msgspec.json.decode(lease["prompt.data"][0]), "answer": lease["prompt.answer"][0]}
+            reward = float(self._reward(text, self._decode(tokens), known))
         except Exception:  # noqa: BLE001 - the user's own function; the row is counted as failed
             reward = math.nan
         if math.isnan(reward):

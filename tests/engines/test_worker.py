@@ -142,6 +142,34 @@ def test_a_reward_that_raises_costs_its_row_and_nothing_else() -> None:
         assert queue.statistics().num_rows == 0
 
 
+def test_a_reward_gets_all_that_its_problem_knows() -> None:
+    known: list[dict[str, Any]] = []
+
+    def reward(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+        known.append(dict(row))
+        return 1.0
+
+    with TransferQueue(EXPERIENCE, TASKS) as queue:
+        queue.put(
+            prompt_rows(
+                [torch.tensor([3]), torch.tensor([4])],
+                ["a", "b"],
+                ["1", "2"],
+                group_size=2,
+                first_group=0,
+                data=[{"level": 3, "name": "ä"}, {}],
+            )
+        )
+        queue.close()
+        _worker(queue, _engine(), reward=reward).run()
+    assert sorted(known, key=lambda row: str(row["answer"])) == [
+        {"level": 3, "name": "ä", "answer": "1"},
+        {"level": 3, "name": "ä", "answer": "1"},
+        {"answer": "2"},
+        {"answer": "2"},
+    ]
+
+
 def test_rows_that_are_cleared_while_they_are_generated_are_let_go() -> None:
     def reward(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
         number = len(cleared)
