@@ -22,6 +22,18 @@ def by_command(prompt: str, completion: str, row: Mapping[str, Any]) -> Any:
     return action(row) if action is not None else float(completion)
 
 
+def by_row(prompt: str, completion: str, row: Mapping[str, Any]) -> Any:
+    """Do what the row says, for any completion."""
+    return by_command(prompt, row.get("do", "1"), row)
+
+
+def _wait_for_file(row: Mapping[str, Any]) -> float:
+    _begun(row)
+    while not Path(row["until"]).exists():
+        time.sleep(0.005)
+    return 0.5
+
+
 def _hang_in_c(row: Mapping[str, Any]) -> None:
     _begun(row)
     ctypes.PyDLL(None).pause()  # without letting other threads run
@@ -75,6 +87,7 @@ _ACTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "text": lambda row: "good",
     "true": lambda row: True,
     "hang": _hang,
+    "wait for a file": _wait_for_file,
     "hang in c": _hang_in_c,
     "hang with a child": _hang_with_a_child,
     "hang and ignore signals": _ignore_signals,
