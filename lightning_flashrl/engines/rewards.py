@@ -15,13 +15,8 @@ process, however it ends: the kernel kills them when the thread that started the
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import os
 import pickle
-import select
-import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -31,14 +26,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from lightning_flashrl import clock
-from lightning_flashrl.engines import reward_worker
-from lightning_flashrl.engines.reward_worker import BEGUN, LENGTH, READY, REWARD, Settings
+from lightning_flashrl.engines.reward_process import ProcessEnded, RewardProcess
+from lightning_flashrl.engines.reward_worker import READY, REWARD, Settings
 from lightning_flashrl.errors import ConfigurationError, RewardError
 from lightning_flashrl.tasks import RewardFn
 
 _START_TIMEOUT_S = 120.0
-_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(slots=True, eq=False)
@@ -46,117 +39,6 @@ class _Job:
     arguments: tuple[str, str, dict[str, Any]]
     future: Future[float]
     is_second_try: bool = False
-
-
-class _Ended(Exception):  # noqa: N818 - no error yet: who asked decides what it means
-    """A worker process has ended, or does not do what it should in time."""
-
-    def __init__(self, *, is_late: bool, has_begun: bool) -> None:
-        super().__init__(is_late, has_begun)
-        self.is_late = is_late
-        self.has_begun = has_begun
-
-
-class _Process:
-    """A worker process, seen from the thread that started it."""
-
-    def __init__(self) -> None:
-        answers, their_end = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", reward_worker.__file__, str(their_end), str(os.getpid())],
-                stdin=subprocess.PIPE,
-                pass_fds=(their_end,),
-                start_new_session=True,  # Ctrl-C is for who started it; and a group of its own can be killed
-            )
-        except OSError:
-            os.close(answers)
-            raise
-        finally:
-            os.close(their_end)
-        assert self._process.stdin is not None
-        self._jobs = self._process.stdin.fileno()
-        os.set_blocking(self._jobs, False)
-        self._answers = answers
-        self._has_begun = False
-        self._pidfd = os.pidfd_open(self._process.pid)
-
-    @property
-    def is_alive(self) -> bool:
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        return not poller.poll(0)
-
-    def ask(self, message: bytes, timeout_s: float) -> tuple[str, Any]:
-        """Send a message and return the answer.
-
-        Raises:
-            _Ended: there is none.
-        """
-        deadline_s = clock.now_s() + timeout_s
-        self._has_begun = False
-        self._write(message, deadline_s)
-        kind, value = self._answer(deadline_s)
-        if kind == BEGUN:
-            self._has_begun = True
-            kind, value = self._answer(deadline_s)
-        return kind, value
-
-    def _answer(self, deadline_s: float) -> tuple[str, Any]:
-        (length,) = LENGTH.unpack(self._read(LENGTH.size, deadline_s))
-        try:
-            kind, value = json.loads(self._read(length, deadline_s))
-        except ValueError as error:  # the reward wrote on our pipe
-            raise self._ended() from error
-        return kind, value
-
-    def _ended(self, *, is_late: bool = False) -> _Ended:
-        return _Ended(is_late=is_late, has_begun=self._has_begun)
-
-    def _write(self, data: bytes, deadline_s: float) -> None:
-        while data:
-            self._wait(self._jobs, select.POLLOUT, deadline_s)
-            try:
-                data = data[os.write(self._jobs, data[:_BLOCK_BYTES]) :]
-            except BrokenPipeError as error:
-                raise self._ended() from error
-
-    def _read(self, length: int, deadline_s: float) -> bytes:
-        data = b""
-        while len(data) < length:
-            self._wait(self._answers, select.POLLIN, deadline_s)
-            block = os.read(self._answers, length - len(data))
-            if not block:
-                raise self._ended()
-            data += block
-        return data
-
-    def _wait(self, fd: int, event: int, deadline_s: float) -> None:
-        """Wait until a pipe is ready. What an ended process has written is read first."""
-        poller = select.poll()
-        poller.register(fd, event)
-        poller.register(self._pidfd, select.POLLIN)
-        ready = dict(poller.poll(max(0.0, deadline_s - clock.now_s()) * 1000))
-        if fd not in ready:
-            raise self._ended(is_late=not ready)
-
-    def kill(self) -> None:
-        """End the process and those of its group. Until :meth:`close` has waited, its number is nobody else's."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def close(self) -> str:
-        """End the process, wait for that, and say how it ended."""
-        was_alive = self.is_alive
-        self.kill()
-        code = self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        os.close(self._answers)
-        os.close(self._pidfd)
-        if was_alive:
-            return "was killed"
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
 
 class _Shared:
@@ -168,7 +50,7 @@ class _Shared:
         self.changed = threading.Condition()
         self.jobs: collections.deque[_Job] = collections.deque()
         self.open: set[Future[float]] = set()
-        self.processes: set[_Process] = set()
+        self.processes: set[RewardProcess] = set()
         self.is_closed = False
         self.has_started = False
         self.num_replaced = 0
@@ -194,19 +76,19 @@ class _Shared:
             self.changed.wait_for(lambda: self.jobs or self.is_closed)
             return None if self.is_closed else self.jobs.popleft()
 
-    def _start(self) -> _Process | None:
+    def _start(self) -> RewardProcess | None:
         """Start a process and let it load the reward; ``None`` if that cannot be."""
         process, text = None, None
         try:
             with self.changed:
                 if self.is_closed:
                     return None
-                process = _Process()
+                process = RewardProcess()
                 self.processes.add(process)
             kind, text = process.ask(self.settings, _START_TIMEOUT_S)
         except OSError as error:
             kind, text = "", str(error)
-        except _Ended as ended:
+        except ProcessEnded as ended:
             kind, text = "", f"not loaded after {_START_TIMEOUT_S:g} s" if ended.is_late else None
         if process is not None and kind != READY:
             how = self._end(process)
@@ -217,7 +99,7 @@ class _Shared:
             self.changed.notify_all()
         return process
 
-    def _compute(self, process: _Process, job: _Job) -> bool:
+    def _compute(self, process: RewardProcess, job: _Job) -> bool:
         """Compute a reward; return whether the process is still there."""
         if job.future.cancelled():
             self._take(job.future)
@@ -229,7 +111,7 @@ class _Shared:
             return True
         try:
             kind, value = process.ask(message, self.timeout_s)
-        except _Ended as ended:
+        except ProcessEnded as ended:
             how = self._end(process)
             with self.changed:
                 self.num_replaced += not self.is_closed
@@ -248,7 +130,7 @@ class _Shared:
             job.future.set_result(value)
         return True
 
-    def _end(self, process: _Process) -> str:
+    def _end(self, process: RewardProcess) -> str:
         with self.changed:
             self.processes.discard(process)
         return process.close()

@@ -41,7 +41,13 @@ def _hang_in_c(row: Mapping[str, Any]) -> None:
 
 def _begun(row: Mapping[str, Any]) -> None:
     if "path" in row:
-        Path(row["path"]).write_text(str(os.getpid()))
+        _write(row["path"], os.getpid())
+
+
+def _write(path: str, pid: int) -> None:
+    """Let the file appear with all that is in it."""
+    Path(f"{path}.new").write_text(str(pid))
+    os.replace(f"{path}.new", path)
 
 
 def _hang(row: Mapping[str, Any]) -> None:
@@ -54,7 +60,7 @@ def _hang_with_a_child(row: Mapping[str, Any]) -> None:
     pid = os.fork()
     if pid == 0:
         signal.pause()
-    Path(row["path"]).write_text(str(pid))
+    _write(row["path"], pid)
     signal.pause()
 
 

@@ -38,7 +38,7 @@ def _ask(pool: RewardPool, completion: str, **row: Any) -> float:
 
 def _wait_for_file(path: Path) -> int:
     """Wait until a reward has written a process number."""
-    while not path.exists() or not path.read_text():
+    while not path.exists():
         time.sleep(0.005)
     return int(path.read_text())
 
