@@ -16,6 +16,8 @@ from lightning_flashrl.engines import reward_worker
 from lightning_flashrl.engines.reward_worker import BEGUN, LENGTH
 
 _BLOCK_BYTES = 1 << 16
+_END_S = 2.0
+"""A process that closes its pipes is about to end; so long its own end is waited for, to tell how that was."""
 
 
 class ProcessEnded(Exception):  # noqa: N818 - no error yet: who asked decides what it means
@@ -42,6 +44,7 @@ class RewardProcess:
     def __init__(self) -> None:
         self._answers, their_end = os.pipe()
         self._has_begun = False
+        self._has_hung_up = False
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", reward_worker.__file__, str(their_end), str(os.getpid())],
@@ -62,9 +65,12 @@ class RewardProcess:
     @property
     def is_alive(self) -> bool:
         """Whether it has not ended."""
+        return not self._has_ended(0.0)
+
+    def _has_ended(self, wait_s: float) -> bool:
         poller = select.poll()
         poller.register(self._pidfd, select.POLLIN)
-        return not poller.poll(0)
+        return bool(poller.poll(wait_s * 1000))
 
     def ask(self, message: bytes, timeout_s: float) -> tuple[str, Any]:
         """Send settings or a job, and return the kind and the value of the answer.
@@ -98,6 +104,7 @@ class RewardProcess:
             try:
                 data = data[os.write(self._jobs, data[:_BLOCK_BYTES]) :]
             except BrokenPipeError as error:
+                self._has_hung_up = True
                 raise self._end() from error
 
     def _read(self, length: int, deadline_s: float) -> bytes:
@@ -106,6 +113,7 @@ class RewardProcess:
             self._wait(self._answers, select.POLLIN, deadline_s)
             block = os.read(self._answers, length - len(data))
             if not block:
+                self._has_hung_up = True
                 raise self._end()
             data += block
         return data
@@ -126,13 +134,20 @@ class RewardProcess:
 
     def close(self) -> str:
         """End the process, wait for that, and say how it ended."""
-        was_alive = self.is_alive
+        has_ended = self._has_ended(_END_S if self._has_hung_up else 0.0)
         self.kill()
         code = self._process.wait()
         assert self._process.stdin is not None
         self._process.stdin.close()
         os.close(self._answers)
         os.close(self._pidfd)
-        if was_alive:
+        if not has_ended:
             return "was killed"
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return f"exited with status {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
