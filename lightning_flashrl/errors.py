@@ -17,7 +17,8 @@
     ├── SampleError                          drop this sample, count it, go on
     │   ├── SchemaMismatchError (ValueError)
     │   ├── DuplicateRowError (ValueError)
-    │   └── UnknownRowError (LookupError)
+    │   ├── UnknownRowError (LookupError)
+    │   └── RewardError
     ├── FatalError                           stop the run, keep the evidence
     │   ├── NoDonorError
     │   ├── RecoveryBudgetExhaustedError
@@ -33,6 +34,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -235,6 +237,37 @@ class UnknownRowError(SampleError, LookupError):
         return (
             f"row(s) {_listed(self.rows)} are not in the queue: never put, or cleared; use the rows that put returned"
         )
+
+
+class RewardError(SampleError):
+    """A reward could not be computed for one completion.
+
+    ``kind`` is ``"raised"``, ``"no number"``, ``"timeout"``, ``"crash"`` or ``"start"`` (no process for it).
+    """
+
+    def __init__(self, kind: str, row: Mapping[str, Any], text: str) -> None:
+        super().__init__(kind, row, text)
+        self.kind = kind
+        self.row = row
+        self.text = text
+
+    def __str__(self) -> str:
+        remedy = _REWARD_REMEDIES.get(self.kind, "mend the reward")
+        return f"the reward of the row {_shortened(self.row)} failed ({self.kind}): {self.text}; {remedy}"
+
+
+_REWARD_REMEDIES = {
+    "raised": "let it return a number for any completion",
+    "no number": "let it return a finite number for any completion",
+    "timeout": "make it faster, or raise reward.timeout_s",
+    "crash": "look at what it wrote to stderr, and how much memory it needs",
+    "start": "look at what its module does when it is imported",
+}
+
+
+def _shortened(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 class EndOfStream(FlashRLError):  # noqa: N818 - the name that anyio and trio users know

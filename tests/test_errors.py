@@ -25,6 +25,7 @@ from lightning_flashrl.errors import (
     RecoveryBudgetExhaustedError,
     RendezvousTimeoutError,
     ReplayMismatchError,
+    RewardError,
     SampleError,
     SchemaMismatchError,
     SnapshotTooLargeError,
@@ -67,6 +68,7 @@ EXAMPLES: list[tuple[FlashRLError, list[str]]] = [
     (SchemaMismatchError("reward", "1 of 2 values are NaN", "look"), ["'reward'", "1 of 2 values are NaN", "look"]),
     (DuplicateRowError((3, 4), "stand twice in one call"), ["3, 4", "stand twice"]),
     (UnknownRowError(tuple(range(20))), ["0, 1, 2", "and 12 more"]),
+    (RewardError("timeout", {"answer": "3"}, "took longer than 5 s"), ["'3'", "(timeout)", "5 s", "reward.timeout_s"]),
     (EndOfStream("update"), ["'update'"]),
     (QueueClosedError(), ["closed for new rows"]),
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem
 from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
@@ -116,6 +118,9 @@ class StreamingDataModule(L.LightningDataModule):
         self.tokenizer: Any = _given(
             tokenizer, None if task is None else CharacterTokenizer(task.alphabet), "tokenizer"
         )
+        self.decode: Callable[[list[int]], str] = self.tokenizer.decode
+        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            self.decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         self.source = PromptSource(_given(prompts, task, "prompts"), seed=seed)
         self.validation = validation
         if validation is None and task is not None:
@@ -194,7 +199,7 @@ class StreamingDataModule(L.LightningDataModule):
                 make_engine=make_engine,
                 reward=self.reward,
                 encode=self.tokenizer.encode,
-                decode=self.tokenizer.decode,
+                decode=self.decode,
                 problems=self.source.starting_at(self._first_group),
                 first_group=self._first_group,
                 log_dir=self.log_dir,

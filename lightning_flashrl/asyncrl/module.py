@@ -282,7 +282,7 @@ class AsyncRL(L.LightningModule):
         while engine.num_open:
             for completion in engine.step():
                 problem = problems[completion.request_id]
-                text = data.tokenizer.decode(completion.tokens.tolist())
+                text = data.decode(completion.tokens.tolist())
                 told = {"answer": problem.answer, **problem.data}
                 rewards[completion.request_id] = float(data.reward(problem.prompt, text, told))
         return rewards

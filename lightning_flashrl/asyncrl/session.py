@@ -269,6 +269,8 @@ class HostSession(Session):
                         decode=rollouts.decode,
                         num_places=settings.num_slots + settings.num_ahead,
                         num_threads=settings.num_threads,
+                        reward_processes=settings.reward_processes,
+                        reward_timeout_s=settings.reward_timeout_s,
                     ),
                     settings.workers,
                     rollouts.log_dir,

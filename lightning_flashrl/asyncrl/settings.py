@@ -76,6 +76,9 @@ class RolloutSettings:
         num_ahead: prompts that a worker holds beyond these, so that no slot waits.
         max_length: of a prompt with its completion, in tokens.
         num_threads: of torch in each worker.
+        reward_processes: processes of each worker in which rewards are computed, so that one that hangs or crashes
+            costs its row only; 0 computes them in the worker itself.
+        reward_timeout_s: how long a reward may take there.
 
     Raises:
         ConfigurationError: a number that cannot be.
@@ -88,13 +91,18 @@ class RolloutSettings:
     num_ahead: int = 16
     max_length: int = 1024
     num_threads: int = 1
+    reward_processes: int = 0
+    reward_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("workers", "max_new_tokens", "num_slots", "num_threads"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"rollout.{name}={getattr(self, name)}; use 1 or more")
-        if self.num_ahead < 0:
-            raise ConfigurationError(f"rollout.num_ahead={self.num_ahead}; use 0 or more")
+        for name in ("num_ahead", "reward_processes"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"rollout.{name}={getattr(self, name)}; use 0 or more")
+        if not self.reward_timeout_s > 0:
+            raise ConfigurationError(f"rollout.reward_timeout_s={self.reward_timeout_s}; use a time above 0 s")
         if not self.temperature > 0:
             raise ConfigurationError(f"rollout.temperature={self.temperature}; use a number above 0")
         if self.max_length <= self.max_new_tokens:

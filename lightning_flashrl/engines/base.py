@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lightning_flashrl.engines.exchange import exchanged_weights
 from lightning_flashrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -167,21 +168,21 @@ class TrainerEngine(Protocol):
 
 
 def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes with a model's.
+    """Compare names and shapes with what a model exchanges: its adapters if it has any, else all weights.
 
     Raises:
         ConfigurationError: they differ.
     """
-    expected = model.state_dict()
+    expected = exchanged_weights(model)
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise ConfigurationError(
             f"weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), {len(unknown)} unknown "
-            f"({', '.join(unknown[:3])}); publish the state_dict of the same model"
+            f"({', '.join(unknown[:3])}); publish the weights() of a trainer with the same model and adapters"
         )
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
             raise ConfigurationError(
                 f"weight {name!r} has the shape {list(weight.shape)}, the model's has {list(expected[name].shape)}; "
-                "publish the state_dict of the same model"
+                "publish the weights() of a trainer with the same model and adapters"
             )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from lightning_flashrl.errors import SchemaMismatchError
@@ -79,8 +79,8 @@ def prompt_rows(
 
 def _as_json(data: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(data))
-    except (TypeError, ValueError) as error:
+        return msgspec.json.encode(dict(data)).decode()
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise SchemaMismatchError(
             "prompt.data",
             f"is {data!r:.100} ({error})",

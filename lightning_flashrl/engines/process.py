@@ -36,6 +36,7 @@ import cloudpickle
 
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import RolloutEngine
+from lightning_flashrl.engines.rewards import RewardPool
 from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError, WorkerFailedError
 from lightning_flashrl.streaming import TransferQueueClient
@@ -64,6 +65,8 @@ class WorkerSettings:
         decode: turns tokens into text.
         num_places: prompts that are under way together.
         num_threads: of torch.
+        reward_processes: processes in which rewards are computed; 0 computes them in the worker itself.
+        reward_timeout_s: how long a reward may take there.
     """
 
     endpoint: str
@@ -75,6 +78,8 @@ class WorkerSettings:
     decode: Callable[[list[int]], str]
     num_places: int
     num_threads: int = 1
+    reward_processes: int = 0
+    reward_timeout_s: float = 10.0
 
 
 @dataclass(slots=True)
@@ -366,15 +371,19 @@ def _serve(settings: WorkerSettings, report_fd: int, stop: threading.Event) -> N
 
     torch.set_num_threads(settings.num_threads)
     engine = settings.make_engine()
-    with (
-        TransferQueueClient(settings.endpoint, settings.secret) as queue,
-        WeightReceiver(settings.weights, settings.swap) as receiver,
-    ):
+    with contextlib.ExitStack() as stack:
+        queue = stack.enter_context(TransferQueueClient(settings.endpoint, settings.secret))
+        receiver = stack.enter_context(WeightReceiver(settings.weights, settings.swap))
         receiver.load(engine)
+        reward: RewardFn | RewardPool = settings.reward
+        if settings.reward_processes:
+            reward = stack.enter_context(
+                RewardPool(reward, num_workers=settings.reward_processes, timeout_s=settings.reward_timeout_s)
+            )
         worker = RolloutWorker(
             queue,
             engine,
-            settings.reward,
+            reward,
             settings.decode,
             receiver=receiver,
             num_places=settings.num_places,

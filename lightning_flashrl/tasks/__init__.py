@@ -1,8 +1,20 @@
-"""Problems with verifiable answers, made here from a seed."""
+"""Problems with verifiable answers, made here from a seed, and rewards for them."""
 
 from lightning_flashrl.tasks.base import Problem, Problems, ProceduralTask, RewardFn
 from lightning_flashrl.tasks.characters import CharacterTokenizer
 from lightning_flashrl.tasks.countdown import Countdown
 from lightning_flashrl.tasks.digit_sort import DigitSort
+from lightning_flashrl.tasks.math_verify import MathVerify
+from lightning_flashrl.tasks.reasoning_gym import ReasoningGym
 
-__all__ = ["CharacterTokenizer", "Countdown", "DigitSort", "Problem", "Problems", "ProceduralTask", "RewardFn"]
+__all__ = [
+    "CharacterTokenizer",
+    "Countdown",
+    "DigitSort",
+    "MathVerify",
+    "Problem",
+    "Problems",
+    "ProceduralTask",
+    "ReasoningGym",
+    "RewardFn",
+]

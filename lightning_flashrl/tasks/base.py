@@ -14,6 +14,8 @@ from lightning_flashrl.errors import ConfigurationError
 Split = Literal["train", "validation"]
 _VALIDATION_SHARE = 16
 """One prompt of this many belongs to the validation split."""
+_MAX_DRAWS = 1000
+"""Enough that a task with many prompts always has one in each split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,21 @@ class ProceduralTask(abc.ABC):
         """Return a problem of a split.
 
         Raises:
-            ConfigurationError: there is no such split.
+            ConfigurationError: there is no such split, or no problem in it.
         """
         if split not in ("train", "validation"):
             raise ConfigurationError(f"split={split!r}; use 'train' or 'validation'")
         seed = self.seed if split == "train" else "validation"
         source = random.Random(f"{type(self).__name__}/{seed}/{index}")
-        while True:
+        for _ in range(_MAX_DRAWS):
             problem = self.draw(source)
             is_held_out = zlib.crc32(problem.prompt.encode()) % _VALIDATION_SHARE == 0
             if is_held_out == (split == "validation"):
                 return problem
+        raise ConfigurationError(
+            f"none of {_MAX_DRAWS} problems is in split={split!r}: the task has too few different prompts; choose "
+            "settings that allow for more"
+        )
 
     def demonstration(self, index: int, corrupted: float = 0.0) -> tuple[str, str]:
         """Return the prompt and an answer of a training problem, for supervised training.

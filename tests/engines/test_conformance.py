@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_flashrl.engines import Completion, Sampling
-from lightning_flashrl.engines.rollout import SlotDecoder
+from lightning_flashrl.engines.bigram import BigramPolicy
+from lightning_flashrl.engines.rollout import SimulatedEngine, SlotDecoder, TransformersGenerate
 from lightning_flashrl.testing.engines import check_rollout_engine
 
 
@@ -34,6 +35,22 @@ def test_the_slot_decoder_keeps_it(num_slots: int, recompute_cache: bool) -> Non
         )
 
     check_rollout_engine(make, _model(1).state_dict(), vocabulary=23)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_the_generation_of_transformers_keeps_it(batch_size: int) -> None:
+    def make(sampling: Sampling) -> TransformersGenerate:
+        return TransformersGenerate(_model(0), sampling, batch_size=batch_size, max_length=20, version=2)
+
+    check_rollout_engine(make, _model(1).state_dict(), vocabulary=23)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 16])
+def test_the_simulated_engine_keeps_it(num_slots: int) -> None:
+    def make(sampling: Sampling) -> SimulatedEngine:
+        return SimulatedEngine(sampling, vocabulary=23, num_slots=num_slots, max_length=20, version=2)
+
+    check_rollout_engine(make, BigramPolicy(23, seed=1).state_dict(), vocabulary=23)
 
 
 class KeepsOldWeights(SlotDecoder):

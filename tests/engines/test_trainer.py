@@ -10,6 +10,7 @@ import torch
 
 from lightning_flashrl.algorithms import clipped_surrogate, group_advantages, mismatch_metrics, reduce_tokens
 from lightning_flashrl.engines import Sampling
+from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
 from lightning_flashrl.engines.rollout import SlotDecoder
 from lightning_flashrl.engines.trainer import CausalLMTrainer, ExperienceBatch
@@ -142,3 +143,70 @@ class TestBadInput:
         short.lengths[-1] = 0
         with pytest.raises(SchemaMismatchError, match="one log-prob for each token"):
             ExperienceBatch.of(Batch({**rows.columns, "response.tokens": short}))
+
+
+class CountsCalls:
+    """How often a module is computed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.number = 0
+        module.register_forward_pre_hook(self._count)  # the second time it may be left as soon as enough is known
+
+    def _count(self, *_: Any) -> None:
+        self.number += 1
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("with_adapters", [False, True])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_checkpointing_computes_layers_again_and_changes_no_gradient(
+    kind: str, with_adapters: bool, is_loaded: bool, tmp_path: Path
+) -> None:
+    _trainer(kind).model.save_pretrained(tmp_path / "model")
+    rows = ExperienceBatch.of(_rollouts(_trainer(kind), 3))
+    gradients, counts = [], []
+    for gradient_checkpointing in (False, True):
+        options: dict[str, Any] = {
+            "gradient_checkpointing": gradient_checkpointing,
+            "lora": LoRA(rank=2) if with_adapters else None,
+        }
+        torch.manual_seed(0)
+        if is_loaded:
+            trainer = CausalLMTrainer.from_folder(str(tmp_path / "model"), **options)
+        else:
+            trainer = _trainer(kind, **options)
+        calls = CountsCalls(next(module for name, module in trainer.model.named_modules() if name.endswith(".0.mlp")))
+        trainer(rows)[rows.loss_mask].sum().backward()
+        counts.append(calls.number)
+        gradients.append({name: weight.grad for name, weight in trainer.named_parameters() if weight.requires_grad})
+    assert counts == [1, 2]
+    without, with_checkpoints = gradients
+    assert without.keys() == with_checkpoints.keys()
+    assert any(bool(gradient.any()) for gradient in without.values() if gradient is not None)
+    for name, gradient in without.items():
+        torch.testing.assert_close(with_checkpoints[name], gradient)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_model_in_bfloat16_has_float32_log_probs_near_those_of_its_rollouts(kind: str, tmp_path: Path) -> None:
+    trainer = _trainer(kind, dtype="bfloat16")
+    assert {weight.dtype for weight in trainer.weights().values()} == {torch.bfloat16}
+    batch = ExperienceBatch.of(_rollouts(trainer, 6))
+    policy_logprobs = trainer(batch)
+    assert policy_logprobs.dtype == torch.float32
+    torch.testing.assert_close(
+        policy_logprobs[batch.loss_mask], batch.rollout_logprobs[batch.loss_mask], atol=0.05, rtol=0
+    )
+    trainer.model.save_pretrained(tmp_path / "model")
+    for dtype in ("float32", "bfloat16"):
+        again = CausalLMTrainer.from_folder(str(tmp_path / "model"), dtype=dtype)
+        assert {str(weight.dtype) for weight in again.weights().values()} == {f"torch.{dtype}"}
+
+
+def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+    for make in (
+        lambda: _trainer("llama", dtype="fp8"),
+        lambda: CausalLMTrainer.from_folder(str(tmp_path), dtype="fp8"),
+    ):
+        with pytest.raises(ConfigurationError, match="dtype='fp8'; use one of float32, bfloat16"):
+            make()

@@ -28,7 +28,7 @@ from lightning_flashrl.streaming import (
     TransferQueueClient,
     TransferQueueServer,
 )
-from lightning_flashrl.tasks import CharacterTokenizer, DigitSort
+from lightning_flashrl.tasks import CharacterTokenizer, DigitSort, Problem
 from lightning_flashrl.weights import Swap, WeightPublisher, WeightReceiver
 
 TASK = DigitSort(max_digits=4)
@@ -139,6 +139,32 @@ def test_a_reward_that_raises_costs_its_row_and_nothing_else() -> None:
         assert len(lease) == 18
         queue.commit(lease)
         assert queue.statistics().num_rows == 0
+
+
+def test_a_reward_gets_all_that_its_problem_knows() -> None:
+    known: list[dict[str, Any]] = []
+
+    def reward(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+        known.append(dict(row))
+        return 1.0
+
+    with TransferQueue(EXPERIENCE, TASKS) as queue:
+        queue.put(
+            prompt_rows(
+                [torch.tensor([3]), torch.tensor([4])],
+                [Problem("a", "1", {"level": 3, "name": "ä"}), Problem("b", "2")],
+                group_size=2,
+                first_group=0,
+            )
+        )
+        queue.close()
+        _worker(queue, _engine(), reward=reward).run()
+    assert sorted(known, key=lambda row: str(row["answer"])) == [
+        {"level": 3, "name": "ä", "answer": "1"},
+        {"level": 3, "name": "ä", "answer": "1"},
+        {"answer": "2"},
+        {"answer": "2"},
+    ]
 
 
 def test_rows_that_are_cleared_while_they_are_generated_are_let_go() -> None:

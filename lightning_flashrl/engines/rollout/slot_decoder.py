@@ -3,15 +3,12 @@
 A fixed number of *slots* holds one request each: its part of the key-value cache, and the tokens so far. All slots that
 are taken decode one token together; a slot whose request is finished takes the next waiting one, whose prompt is then
 read in one pass. Between any two steps weights may be swapped and requests interrupted.
-
-Random numbers belong to a request, not to the batch: one number for each of its positions, drawn when it is submitted.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.engines.exchange import exchanged_weights
+from lightning_flashrl.engines.rollout.request import Request, check_prompts, draw, score_tokens
 from lightning_flashrl.errors import ConfigurationError
 
 
@@ -76,28 +75,6 @@ class SlotCache(Cache):
         return self._length, 0
 
 
-@dataclass(slots=True)
-class _Request:
-    prompt: Prompt
-    uniforms: list[float]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    def completion(self, finish: Finish) -> Completion:
-        return Completion(
-            self.prompt.request_id,
-            torch.tensor(self.tokens, dtype=torch.int64),
-            torch.tensor(self.logprobs, dtype=torch.float32),
-            torch.tensor(self.versions, dtype=torch.int64),
-            finish,
-        )
-
-    @property
-    def context(self) -> list[int]:
-        return [*self.prompt.tokens.tolist(), *self.tokens]
-
-
 class SlotDecoder:
     """The default :class:`~lightning_flashrl.engines.base.RolloutEngine`.
 
@@ -137,8 +114,8 @@ class SlotDecoder:
         self.recompute_cache = recompute_cache
         self._model = model
         self._model.train(False)
-        self._waiting: collections.deque[_Request] = collections.deque()
-        self._slots: list[_Request | None] = [None] * num_slots
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._slots: list[Request | None] = [None] * num_slots
         self._lengths = [0] * num_slots
         self._last = [sampling.pad_token_id] * num_slots
         self._cache = SlotCache(num_slots, max_length)
@@ -155,26 +132,9 @@ class SlotDecoder:
         Raises:
             ConfigurationError: a prompt is empty or too long, or its number is in use.
         """
-        used = {request.prompt.request_id for request in (*self._waiting, *self._slots) if request is not None}
-        longest = self.max_length - self.sampling.max_new_tokens
-        for prompt in prompts:
-            if not 1 <= len(prompt.tokens) <= longest:
-                raise ConfigurationError(
-                    f"request {prompt.request_id} has a prompt of {len(prompt.tokens)} tokens; with max_length="
-                    f"{self.max_length} and max_new_tokens={self.sampling.max_new_tokens} it may have 1 to {longest}"
-                )
-            if prompt.request_id in used:
-                raise ConfigurationError(f"request {prompt.request_id} is under way already; number each anew")
-            used.add(prompt.request_id)
-        for prompt in prompts:
-            draw = torch.Generator().manual_seed(prompt.seed)
-            uniforms = torch.rand(self.sampling.max_new_tokens, generator=draw, dtype=torch.float64).tolist()
-            request = _Request(prompt, uniforms)
-            if prompt.begun is not None:
-                request.tokens = prompt.begun.tokens.tolist()
-                request.logprobs = prompt.begun.logprobs.tolist()
-                request.versions = prompt.begun.versions.tolist()
-            self._waiting.append(request)
+        under_way = [request for request in (*self._waiting, *self._slots) if request is not None]
+        check_prompts(prompts, under_way, self.sampling, self.max_length)
+        self._waiting.extend(Request.of(prompt, self.sampling) for prompt in prompts)
 
     def interrupt(self) -> list[Completion]:
         """Stop all requests and return what they have produced."""
@@ -204,7 +164,7 @@ class SlotDecoder:
         is_taken = torch.tensor([self._slots[slot] is not None for slot in slots.tolist()])
         return self._sample(taken, logits[is_taken])
 
-    def _read(self, newcomers: Sequence[tuple[int, _Request]]) -> list[Completion]:
+    def _read(self, newcomers: Sequence[tuple[int, Request]]) -> list[Completion]:
         """Read prompts (and what they had produced before) into slots, and sample their next token."""
         contexts = [request.context for _, request in newcomers]
         length = max(map(len, contexts))
@@ -239,34 +199,15 @@ class SlotDecoder:
 
     def _sample(self, slots: Sequence[int], logits: Tensor) -> list[Completion]:
         """Draw a token for each slot; return the requests that it finishes."""
-        temperature = self.sampling.temperature
-        logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(dim=-1)  # [B, V]
-        if temperature > 0:
-            requests = [self._slots[slot] for slot in slots]
-            uniforms = torch.tensor(
-                [[request.uniforms[len(request.tokens)]] for request in requests if request is not None],
-                dtype=torch.float64,
-            )
-            cumulative = logprobs.double().exp().cumsum(dim=-1)
-            chosen = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:]).clamp(max=logits.shape[-1] - 1)
-        else:
-            chosen = logprobs.argmax(dim=-1, keepdim=True)
-        picked = logprobs.gather(1, chosen)[:, 0].tolist()
+        requests = [request for slot in slots if (request := self._slots[slot]) is not None]
+        drawn = draw(logits, requests, self.sampling.temperature)
         finished = []
-        for slot, token, logprob in zip(slots, chosen[:, 0].tolist(), picked, strict=True):
-            request = self._slots[slot]
-            assert request is not None
-            request.tokens.append(token)
-            request.logprobs.append(logprob)
-            request.versions.append(self.version)
+        for slot, request, (token, logprob) in zip(slots, requests, drawn, strict=True):
             self._last[slot] = token
-            if token == self.sampling.eos_token_id:
-                finished.append(request.completion(Finish.STOP))
-            elif len(request.tokens) >= self.sampling.max_new_tokens:
-                finished.append(request.completion(Finish.LENGTH))
-            else:
-                continue
-            self._slots[slot] = None
+            finish = request.take(token, logprob, self.version, self.sampling)
+            if finish is not None:
+                finished.append(request.completion(finish))
+                self._slots[slot] = None
         return finished
 
     # ------------------------------------------------------------------ weights
@@ -278,7 +219,7 @@ class SlotDecoder:
             ConfigurationError: a name or shape that the model does not have, or lacks.
         """
         check_weights(self._model, weights)
-        for name, target in self._model.state_dict().items():
+        for name, target in exchanged_weights(self._model).items():
             target.copy_(weights[name])
         self.version = version
         if self.recompute_cache:
@@ -296,7 +237,4 @@ class SlotDecoder:
         Returns:
             ``[L - 1]`` float32.
         """
-        device = self._model.device
-        logits = self._model(input_ids=tokens[None, :-1].to(device), use_cache=False).logits[0].float().cpu()
-        logprobs: Tensor = logits.log_softmax(dim=-1)
-        return logprobs.gather(1, tokens[1:, None].cpu())[:, 0]
+        return score_tokens(self._model, tokens, self._model.device)

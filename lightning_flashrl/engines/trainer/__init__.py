@@ -2,5 +2,6 @@
 
 from lightning_flashrl.engines.trainer.batch import ExperienceBatch
 from lightning_flashrl.engines.trainer.causal_lm import CausalLMTrainer
+from lightning_flashrl.engines.trainer.simulated import SimulatedTrainer
 
-__all__ = ["CausalLMTrainer", "ExperienceBatch"]
+__all__ = ["CausalLMTrainer", "ExperienceBatch", "SimulatedTrainer"]

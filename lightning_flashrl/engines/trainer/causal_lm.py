@@ -9,74 +9,117 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lightning_flashrl.engines.adapters import LoRA, add_lora
 from lightning_flashrl.engines.base import Sampling
+from lightning_flashrl.engines.exchange import check_trainable, exchanged_weights
 from lightning_flashrl.engines.rollout import SlotDecoder
 from lightning_flashrl.engines.trainer.batch import ExperienceBatch
 from lightning_flashrl.errors import ConfigurationError
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class CausalLMTrainer(nn.Module):
-    """Computes log-probs of sampled tokens, with gradients.
+    """Computes log-probs of sampled tokens, with gradients. They are float32 whatever the model computes with.
 
     Args:
         model: the language model. Its dropout is turned off: what is trained is the policy that sampled.
         temperature: that of the rollouts; logits are divided by it, as there.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        lora: train adapters only, and publish only these; needs ``lightning-flashrl[lora]``.
 
     Raises:
-        ConfigurationError: a temperature that is not above 0.
+        ConfigurationError: a temperature that is not above 0, a model that cannot checkpoint, adapters that cannot be,
+            or weights that are trained beside adapters.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, temperature: float = 1.0, gradient_checkpointing: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ConfigurationError(f"trainer_engine.temperature={temperature}; use a number above 0")
+        if lora is not None:
+            add_lora(model, lora)
+        check_trainable(model)
         self.model = model
         self.temperature = temperature
+        self._lora = lora
         _without_dropout(model)
         if gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            try:
+                model.activation_checkpointing_enable()
+            except ValueError as error:
+                raise ConfigurationError(f"trainer_engine.gradient_checkpointing=true: {error}") from error
+        model.train()  # without dropout all that this changes is that activations are checkpointed
 
     @classmethod
     def from_folder(
-        cls, path: str, *, temperature: float = 1.0, gradient_checkpointing: bool = False
+        cls,
+        path: str,
+        *,
+        dtype: str = "float32",
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> CausalLMTrainer:
         """Load a model that ``save_pretrained`` wrote. Nothing is downloaded.
 
+        Args:
+            path: the folder.
+            dtype: ``"float32"`` or ``"bfloat16"``: of the model's weights. Adapters are float32 always.
+            temperature: that of the rollouts.
+            gradient_checkpointing: compute activations again in the backward pass.
+            lora: train adapters only.
+
         Raises:
-            ConfigurationError: there is no model.
+            ConfigurationError: there is no model, or a setting that the class does not take.
         """
+        weights = _dtype(dtype)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=weights)
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"trainer_engine.path={path!r} holds no model ({error}); give a folder that save_pretrained wrote"
             ) from error
-        return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing)
+        return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing, lora=lora)
 
     @classmethod
     def from_config(
-        cls, model_type: str, *, temperature: float = 1.0, gradient_checkpointing: bool = False, **sizes: object
+        cls,
+        model_type: str,
+        *,
+        dtype: str = "float32",
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        **sizes: object,
     ) -> CausalLMTrainer:
         """Make a model with random weights, as torch's generator stands.
 
         Args:
             model_type: as transformers calls it: ``"llama"``, ``"qwen3"``, ``"gpt2"``, …
+            dtype: ``"float32"`` or ``"bfloat16"``: of the model's weights. Adapters are float32 always.
             temperature: that of the rollouts.
             gradient_checkpointing: compute activations again in the backward pass.
+            lora: train adapters only.
             sizes: fields of the model's config.
 
         Raises:
-            ConfigurationError: transformers does not know the type.
+            ConfigurationError: transformers does not know the type, or a setting that the class does not take.
         """
+        weights = _dtype(dtype)
         try:
             config = AutoConfig.for_model(model_type, **sizes)
         except (ValueError, TypeError) as error:
             raise ConfigurationError(f"trainer_engine.model_type={model_type!r}: {error}") from error
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-        return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing)
+        model = AutoModelForCausalLM.from_config(config, dtype=weights)  # type: ignore[no-untyped-call]
+        return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing, lora=lora)
 
     def forward(self, batch: ExperienceBatch) -> Tensor:
         """Return the log-prob of each token but the first, given those before.
@@ -113,19 +156,48 @@ class CausalLMTrainer(nn.Module):
 
     def rollout_factory(self, sampling: Sampling, *, num_slots: int, max_length: int) -> Callable[[], SlotDecoder]:
         """Return what makes an engine of the same model in another process, where it loads :meth:`weights`."""
+        # With adapters, what is frozen is never published: it goes along.
+        published = self.weights().keys()
+        frozen = {name: weight.cpu() for name, weight in self.model.state_dict().items() if name not in published}
         return functools.partial(
-            _make_engine, self.model.config, self.model.dtype, sampling, num_slots=num_slots, max_length=max_length
+            _make_engine,
+            self.model.config,
+            self.model.dtype,
+            self._lora,
+            frozen,
+            sampling,
+            num_slots=num_slots,
+            max_length=max_length,
         )
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Return what rollout engines load: the model's weights by name. They are the live ones, not copies."""
-        return self.model.state_dict()
+        """Return what rollout engines load, by name: the adapters if there are any, else all of the model's weights.
+
+        They are the live ones, not copies.
+        """
+        return exchanged_weights(self.model)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ConfigurationError(f"trainer_engine.dtype={name!r}; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _make_engine(
-    config: PretrainedConfig, dtype: torch.dtype, sampling: Sampling, *, num_slots: int, max_length: int
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    lora: LoRA | None,
+    frozen: Mapping[str, Tensor],
+    sampling: Sampling,
+    *,
+    num_slots: int,
+    max_length: int,
 ) -> SlotDecoder:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    if lora is not None:
+        add_lora(model, lora)
+        model.load_state_dict(dict(frozen), strict=False)
     return SlotDecoder(model, sampling, num_slots=num_slots, max_length=max_length)
 
 
