@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_flashrl import _registration
 
 if TYPE_CHECKING:
+    from lightning_flashrl.asyncrl import AsyncRL, StreamingDataModule
     from lightning_flashrl.callbacks import FlashRecovery
     from lightning_flashrl.strategies import FlashDDPNotebookStrategy, FlashDDPStrategy
     from lightning_flashrl.supervisor.pause import pause_hang_detection
@@ -20,22 +21,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncRL": "lightning_flashrl.asyncrl",
     "FaultSchedule": "lightning_flashrl.testing.faults",
     "FlashDDPNotebookStrategy": "lightning_flashrl.strategies",
     "FlashDDPStrategy": "lightning_flashrl.strategies",
     "FlashRecovery": "lightning_flashrl.callbacks",
     "Phase": "lightning_flashrl.types",
     "StepTag": "lightning_flashrl.types",
+    "StreamingDataModule": "lightning_flashrl.asyncrl",
     "pause_hang_detection": "lightning_flashrl.supervisor.pause",
 }
 
 __all__ = [
+    "AsyncRL",
     "FaultSchedule",
     "FlashDDPNotebookStrategy",
     "FlashDDPStrategy",
     "FlashRecovery",
     "Phase",
     "StepTag",
+    "StreamingDataModule",
     "pause_hang_detection",
 ]
 

@@ -41,6 +41,7 @@ class _StepLoader:
 
     def __init__(self, data: StreamingDataModule) -> None:
         self._data = data
+        self._step = 0
 
     def __len__(self) -> int:
         if self._data.steps_per_epoch is None:
@@ -48,12 +49,21 @@ class _StepLoader:
         return self._data.steps_per_epoch
 
     def __iter__(self) -> Iterator[StepBatch]:
-        step = 0
-        while self._data.steps_per_epoch is None or step < self._data.steps_per_epoch:
-            if self._data.is_over():
-                return
+        size = self._data.steps_per_epoch
+        if size is not None and self._step >= size:  # an epoch that was not asked for its end
+            self._step = 0
+        while not self._data.is_over() and (size is None or self._step < size):
+            self._step += 1
             yield StepBatch(self._data.session)
-            step += 1
+        self._step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how far the epoch has come."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self._step = state_dict["step"]
 
 
 class StreamingDataModule(L.LightningDataModule):
@@ -118,7 +128,7 @@ class StreamingDataModule(L.LightningDataModule):
         self.tokenizer: Any = _given(
             tokenizer, None if task is None else CharacterTokenizer(task.alphabet), "tokenizer"
         )
-        self.decode: Callable[[list[int]], str] = self.tokenizer.decode
+        self.decode: Any = self.tokenizer.decode
         if isinstance(self.tokenizer, PreTrainedTokenizerBase):
             self.decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         self.source = PromptSource(_given(prompts, task, "prompts"), seed=seed)

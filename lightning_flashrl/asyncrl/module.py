@@ -235,7 +235,8 @@ class AsyncRL(L.LightningModule):
 
     def _log_step(self, session: Session, found: dict[str, float]) -> None:
         now_s = clock.now_s()
-        step_s, self._step_began_s = now_s - self._step_began_s, now_s
+        step_s = now_s - max(self._step_began_s, session.began_s or 0.0)
+        self._step_began_s = now_s
         waited_s, self._last_waited_s = session.waited_s - self._last_waited_s, session.waited_s
         rows = int(found["rows"])
         logged = {

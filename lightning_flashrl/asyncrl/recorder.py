@@ -44,12 +44,12 @@ SUMMARY_KEYS = {
     "staleness_mean": "mean staleness of the trained rows",
     "tokens_per_s": "tokens of prompts and completions that were trained, over the time of the steps",
     "samples_per_s": "completions that were trained, over the time of the steps",
-    "trainer_idle_share": "share of the time of the steps in which rank 0 waited for rows",
+    "trainer_idle_share": "share of the time of the steps, from the first row on, in which rank 0 waited for rows",
     "rollout_idle_share": "share of the workers' time in which they had nothing to generate",
     "exposed_sync_s": "time that training waited for the copy of its weights",
     "workers_replaced": "rollout workers that died and were replaced",
     "recoveries": "recoveries of trainer ranks",
-    "wall_s": "time from the first step's beginning to the end of training",
+    "wall_s": "time from the start of the rollout workers to the end of training",
     "weights_sha256": "hash of the trained weights",
 }
 """What ``summary.json`` holds."""

@@ -104,11 +104,13 @@ class Session:
         replica_rank: which data-parallel replica this is.
 
     Attributes:
-        waited_s: time without a micro-batch, in all.
+        waited_s: time without a micro-batch, in all, since the first one came.
+        began_s: when the first one came, on :func:`lightning_flashrl.clock.now_s`: rollout workers had started then.
     """
 
     def __init__(self, queue: QueueVerbs, steps: StepSettings, replica_rank: int) -> None:
         self.waited_s = 0.0
+        self.began_s: float | None = None
         self._queue = queue
         self._steps = steps
         self._replica_rank = replica_rank
@@ -138,6 +140,8 @@ class Session:
                 return
             finally:
                 self.waited_s += clock.now_s() - begin_s
+            if self.began_s is None:
+                self.began_s, self.waited_s = clock.now_s(), 0.0
             self._renew()
             self._held.append(lease)
             yield lease

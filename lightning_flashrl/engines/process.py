@@ -378,7 +378,7 @@ def _serve(settings: WorkerSettings, report_fd: int, stop: threading.Event) -> N
         reward: RewardFn | RewardPool = settings.reward
         if settings.reward_processes:
             reward = stack.enter_context(
-                RewardPool(reward, num_workers=settings.reward_processes, timeout_s=settings.reward_timeout_s)
+                RewardPool(settings.reward, num_workers=settings.reward_processes, timeout_s=settings.reward_timeout_s)
             )
         worker = RolloutWorker(
             queue,

@@ -1,0 +1,220 @@
+"""Whole runs with real rollout processes: what is trained is what was asked for, once, and in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
+from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
+from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
+from tests.jobs import rl
+
+JOB = Path(rl.__file__)
+
+
+def _run(*arguments: str, output_dir: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(JOB), str(output_dir), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(JOB.parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    return found
+
+
+def _fit(data: StreamingDataModule, *callbacks: L.Callback, **trainer: Any) -> tuple[str, L.Trainer, Any]:
+    engine = rl.make_engine()
+    module = rl.make_module(engine)
+    fitted = rl.make_trainer(callbacks=[*callbacks], **{"max_steps": 4, **trainer})
+    fitted.fit(module, data)
+    return weights_sha256(dict(engine.weights())), fitted, module
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def _check_books(summary: Mapping[str, Any], rows: int, staleness: int) -> None:
+    assert summary["rows_trained"] == rows
+    assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+    assert summary["staleness_max"] <= staleness
+
+
+class TestWorkflows:
+    def test_without_staleness_all_workflows_are_the_same_run(self) -> None:
+        """Synchronous, streaming, and asynchronous with a bound of 0: bit for bit."""
+        found = {
+            workflow: _fit(rl.make_data(workflow=workflow, max_staleness=0))[0]
+            for workflow in ("sync", "streaming", "async")
+        }
+        assert len(set(found.values())) == 1, found
+        assert found["sync"] != weights_sha256(dict(rl.make_engine().weights()))
+
+    @pytest.mark.parametrize("workflow", ["async", "sub_step", "in_flight"])
+    def test_rows_are_trained_once_and_within_the_bound(self, workflow: str, tmp_path: Path) -> None:
+        rollout = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=4, num_ahead=2, workers=2)
+        recorder = RunRecorder(tmp_path)
+        _fit(rl.make_data(workflow=workflow, max_staleness=2, rollout=rollout), recorder, max_steps=8)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        _check_books(summary, rows=8 * 16, staleness=2)
+        assert summary["rows_generated"] == 8 * 16
+        assert summary["steps"] == 8
+
+    @pytest.mark.parametrize("strategy", ["ddp", "flash_ddp"])
+    def test_ranks_share_the_rows_of_a_step(self, strategy: str, tmp_path: Path) -> None:
+        summary = _run("--strategy", strategy, "--devices", "2", output_dir=tmp_path)
+        _check_books(summary, rows=5 * 16, staleness=1)
+        assert summary["recoveries"] == 0
+
+
+class TestPrompts:
+    def test_a_dataset_is_gone_through_epoch_by_epoch(self) -> None:
+        class Dataset:
+            def __len__(self) -> int:
+                return 8
+
+            def __getitem__(self, index: int) -> dict[str, Any]:
+                problem = rl.TASK.problem(index)
+                return {"prompt": problem.prompt, "answer": problem.answer, "level": index}
+
+        _, trainer, module = _fit(rl.make_data(prompts=Dataset()), max_steps=-1, max_epochs=2)
+        assert trainer.current_epoch == 2
+        assert module.policy_version == 4
+
+    def test_an_iterable_ends_with_a_smaller_batch(self, tmp_path: Path) -> None:
+        def problems() -> Iterator[Any]:
+            yield from (rl.TASK.problem(index) for index in range(10))
+
+        recorder = RunRecorder(tmp_path)
+        _, _, module = _fit(rl.make_data(prompts=problems()), recorder, max_steps=-1, max_epochs=1)
+        assert module.policy_version == 3
+        _check_books(json.loads((tmp_path / "summary.json").read_text()), rows=40, staleness=1)
+
+    def test_a_dataset_that_raises_ends_the_run_with_its_error(self) -> None:
+        def problems() -> Iterator[Any]:
+            yield rl.TASK.problem(0)
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone"):
+            _fit(rl.make_data(prompts=problems()), max_steps=2)
+
+
+class TestFaults:
+    def test_rows_whose_reward_fails_are_left_out_and_replaced(self, tmp_path: Path) -> None:
+        def picky(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+            if len(completion) % 3 == 1:
+                raise ValueError("no")
+            return rl.partly_right(prompt, completion, row)
+
+        _fit(rl.make_data(reward=picky), RunRecorder(tmp_path))
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["rows_dropped"] > 0
+        assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+        assert summary["steps"] == 4
+
+    def test_a_killed_worker_is_replaced_and_no_row_is_lost(self, tmp_path: Path) -> None:
+        class Killer(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.global_step == 3:
+                    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                    os.kill(data.current_session.workers()[0].pid, signal.SIGKILL)
+
+        _fit(rl.make_data(), Killer(), RunRecorder(tmp_path), max_steps=6)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["workers_replaced"] == 1
+        _check_books(summary, rows=6 * 16, staleness=1)
+
+    def test_an_engine_that_raises_ends_the_run_with_its_traceback(self) -> None:
+        def broken() -> Any:
+            raise RuntimeError("no such accelerator")
+
+        with pytest.raises(WorkerFailedError, match="no such accelerator"):
+            _fit(rl.make_data(rollout_engine=broken))
+
+    def test_nothing_is_left_when_the_trainer_is_killed(self, tmp_path: Path) -> None:
+        job = subprocess.Popen(
+            [sys.executable, str(JOB), str(tmp_path), "--max-steps", "100000"],
+            env={**os.environ, "PYTHONPATH": str(JOB.parents[2]), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        workers: list[int] = []
+        while not workers:
+            time.sleep(0.1)
+            assert job.poll() is None
+            if (tmp_path / "processes.json").exists():
+                found = json.loads((tmp_path / "processes.json").read_text())["processes"]
+                workers = [entry["pid"] for entry in found if entry["role"] == "rollout"]
+        job.kill()
+        job.wait()
+        while any(_is_alive(pid) for pid in workers):
+            time.sleep(0.05)
+
+
+class TestLightning:
+    def test_a_run_goes_on_from_a_checkpoint(self, tmp_path: Path) -> None:
+        path = tmp_path / "last.ckpt"
+        _, trainer, _ = _fit(rl.make_data(workflow="sync"), max_steps=2)
+        trainer.save_checkpoint(path)
+        module, data = rl.make_module(rl.make_engine(seed=1)), rl.make_data(workflow="sync")
+        rl.make_trainer(max_steps=4).fit(module, data, ckpt_path=path)
+        assert module.policy_version == 4
+        assert weights_sha256(dict(module.trainer_engine.weights())) == _fit(rl.make_data(workflow="sync"))[0]
+
+    def test_validation_answers_held_out_problems(self) -> None:
+        _, trainer, _ = _fit(rl.make_data(), limit_val_batches=1.0, max_steps=2)
+        assert {"val/accuracy_greedy", "val/accuracy_sampled"} <= trainer.callback_metrics.keys()
+
+    def test_what_does_not_belong_together_is_refused(self) -> None:
+        trainer = rl.make_trainer(max_steps=1)
+        with pytest.raises(ConfigurationError, match="temperature"):
+            trainer.fit(
+                rl.make_module(rl.make_engine()),
+                rl.make_data(rollout=RolloutSettings(max_new_tokens=6, max_length=16, temperature=0.5)),
+            )
+        with pytest.raises(ConfigurationError, match="StreamingDataModule"):
+            rl.make_trainer(max_steps=1).fit(
+                rl.make_module(rl.make_engine()), L.LightningDataModule.from_datasets([1], [1])
+            )
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"workflow": "fast"},
+            {"max_staleness": -1},
+            {"steps_per_epoch": 0},
+            {"prompts": []},
+            {"prompts": 3},
+        ],
+    )
+    def test_settings_that_cannot_be_are_refused(self, settings: dict[str, Any]) -> None:
+        with pytest.raises(ConfigurationError):
+            rl.make_data(**settings)
+
+    @pytest.mark.parametrize("name", ["prompts", "group_size", "micro_batch_tokens"])
+    def test_steps_of_nothing_are_refused(self, name: str) -> None:
+        with pytest.raises(ConfigurationError, match=name):
+            StepSettings(**{name: 0})
+
+
+def test_threads_end_with_the_run() -> None:
+    _fit(rl.make_data(), max_steps=1)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flashrl")]

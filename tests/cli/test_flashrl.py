@@ -1,0 +1,149 @@
+"""Recipes: each is composed and run for a moment; what is misspelt is refused; what a run leaves is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lightning_flashrl.asyncrl.recorder import SUMMARY_KEYS
+from lightning_flashrl.cli.flashrl import CONFIGS
+
+GROUPS = {
+    path.parent.name: sorted(found.stem for found in path.parent.glob("*.yaml")) for path in CONFIGS.glob("*/*.yaml")
+}
+CHOICES = [(group, name) for group, names in sorted(GROUPS.items()) for name in names]
+SHORT = [
+    "trainer.max_steps=2",
+    "warm_start.steps=2",
+    "warm_start.batch_size=8",
+    "steps.prompts=4",
+    "steps.group_size=4",
+]
+
+
+def _flashrl(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_flashrl.cli.flashrl", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_recipe_is_composed(group: str, name: str) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        override = f"experiment={name}" if group == "experiment" else f"{group}={name}"
+        config = compose("config", [override, "paths.output_dir=there"], return_hydra_config=False)
+        if (group, name) == ("trainer_engine", "folder"):
+            config.trainer_engine.path = "somewhere"
+        found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert found["paths"]["output_dir"] == "there"
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_runs_and_leaves_its_record(experiment: str, tmp_path: Path) -> None:
+    done = _flashrl(f"experiment={experiment}", *SHORT, f"paths.output_dir={tmp_path}/out", cwd=tmp_path)
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() == SUMMARY_KEYS.keys()
+    assert summary["steps"] == 2
+    assert summary["rows_trained"] == 32
+    assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+    assert summary["accuracy_first"] is not None
+    assert len(summary["weights_sha256"]) == 64
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") >= 6
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert (out / "csv" / "metrics.csv").exists()
+    assert "reward" in done.stdout
+    kinds = [json.loads(line)["kind"] for line in (out / "history.jsonl").read_text().splitlines()]
+    assert kinds == ["validation", "step", "step", "validation"]
+    shown = _flashrl("status", str(out), cwd=tmp_path).stdout
+    assert "trainer" in shown
+    assert _flashrl("report", str(out), cwd=tmp_path).stdout.strip().endswith("report.html")
+
+
+def test_processes_are_listed_while_a_run_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "lightning_flashrl.cli.flashrl", "experiment=grpo_sort", "warm_start.steps=0"),
+            *("trainer.max_steps=100000", f"paths.output_dir={out}", "rollout.workers=2"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    shown = ""
+    try:
+        while shown.count("serving") < 2:
+            time.sleep(0.3)
+            assert run.poll() is None
+            shown = _flashrl("status", str(out), cwd=tmp_path, check=False).stdout
+        assert shown.count("rollout") == 2
+        assert str(run.pid) in shown
+    finally:
+        run.terminate()
+        run.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["weights.max_stalenes=1"], "weights.max_stalenes"),
+        (["trainer.max_stps=1"], "trainer.max_stps"),
+        (["task=sorting"], "task/sorting"),
+        (["task.min_digits=9"], "min_digits=9, max_digits=6"),
+        (["rollout.workers=0"], "rollout.workers=0; use 1 or more"),
+        (["workflow.mode=fast"], "workflow='fast'"),
+        (["trainer_engine=folder", "trainer_engine.path=nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_few_lines(arguments: list[str], told: str, tmp_path: Path) -> None:
+    done = _flashrl(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_several_runs_and_recipes_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "experiment"
+    mine.mkdir(parents=True)
+    (mine / "quick.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /trainer: cpu\n  - override /logger: tensorboard\nname: quick\n"
+        "steps: {prompts: 2, group_size: 2}\ntrainer: {max_steps: 1}\n"
+    )
+    _flashrl("-m", "--config-dir", str(mine.parent), "experiment=quick", "seed=0,1", cwd=tmp_path)
+    found = sorted((tmp_path / "outputs" / "quick" / "multirun").rglob("summary.json"))
+    assert [path.parent.name for path in found] == ["0", "1"]
+    assert len({json.loads(path.read_text())["weights_sha256"] for path in found}) == 2
+    assert sorted((tmp_path / "outputs").rglob("events.out.tfevents*"))
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    _flashrl(
+        "experiment=grpo_sort",
+        *SHORT,
+        "logger=wandb",
+        "logger.wandb.offline=true",
+        "paths.output_dir=out",
+        cwd=tmp_path,
+    )
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*"))

@@ -1,0 +1,102 @@
+"""A short asynchronous run on digit sort, as a user would write it. Prints its summary as the last line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_flashrl import AsyncRL, FlashRecovery, StreamingDataModule
+from lightning_flashrl.algorithms import GRPO
+from lightning_flashrl.asyncrl import RolloutSettings, StepSettings
+from lightning_flashrl.asyncrl.recorder import RunRecorder
+from lightning_flashrl.engines.trainer import CausalLMTrainer
+from lightning_flashrl.tasks import CharacterTokenizer, DigitSort
+
+TASK = DigitSort(max_digits=4)
+
+
+def partly_right(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+    """A share of right places, so that a policy that knows nothing learns too."""
+    right = row["answer"]
+    return sum(a == b for a, b in zip(completion, right, strict=False)) / max(len(completion), len(right))
+
+
+def make_engine(seed: int = 0) -> CausalLMTrainer:
+    torch.manual_seed(seed)
+    return CausalLMTrainer.from_config(
+        "llama",
+        vocab_size=len(CharacterTokenizer(TASK.alphabet)),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+
+
+def make_data(**settings: Any) -> StreamingDataModule:
+    settings.setdefault("reward", partly_right)
+    settings.setdefault("steps", StepSettings(prompts=4, group_size=4, micro_batch_tokens=60))
+    settings.setdefault("rollout", RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, num_ahead=4))
+    return StreamingDataModule(TASK, **settings)
+
+
+def make_module(engine: CausalLMTrainer, **settings: Any) -> AsyncRL:
+    return AsyncRL(engine, GRPO(**settings), optimizer=functools.partial(torch.optim.AdamW, lr=3e-3))
+
+
+def make_trainer(**settings: Any) -> L.Trainer:
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            **settings,
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workflow", default="async")
+    parser.add_argument("--max-staleness", type=int, default=1)
+    parser.add_argument("--max-steps", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    engine = make_engine()
+    data = make_data(
+        workflow=options.workflow,
+        max_staleness=options.max_staleness,
+        rollout=RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, num_ahead=4, workers=options.workers),
+    )
+    callbacks: list[L.Callback] = [RunRecorder(options.output_dir)]
+    if options.strategy == "flash_ddp":
+        callbacks.append(FlashRecovery())
+    trainer = make_trainer(
+        max_steps=options.max_steps, strategy=options.strategy, devices=options.devices, callbacks=callbacks
+    )
+    trainer.fit(make_module(engine), data)
+    if trainer.is_global_zero:
+        print(json.dumps(json.loads((options.output_dir / "summary.json").read_text())))
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
