@@ -45,4 +45,7 @@ PYTHON
 python look.py "$root/configs"
 timeout 120 flashrun --nproc-per-node 2 train.py
 timeout 120 python train.py
+timeout 120 flashrl experiment=grpo_sort trainer.max_steps=2 warm_start.steps=2 paths.output_dir=run
+test -s run/summary.json
+flashrl status run
 echo "the wheel works in a clean environment"

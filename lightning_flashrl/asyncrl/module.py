@@ -66,6 +66,11 @@ class AsyncRL(L.LightningModule):
         super().__init__()
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ConfigurationError(f"gradient_clip_norm={gradient_clip_norm}; use a number above 0, or None")
+        if algorithm is not None and (algorithm.uses_critic or algorithm.uses_reference):
+            raise ConfigurationError(
+                f"{type(algorithm).__name__} needs a critic or a reference policy, which AsyncRL does not run yet; use "
+                "advantages of prompt groups, and algorithm.kl_coefficient=0"
+            )
         self.automatic_optimization = False
         self.trainer_engine: Any = trainer_engine
         self.algorithm = algorithm or GRPO()

@@ -654,3 +654,14 @@ class TestPartsOfALease:
         lease = queue.lease("rollout", ["prompt"], count=2, lease_timeout_s=0.3)
         queue.commit(lease, {"response": [[7]]}, rows=[rows[1]])
         assert queue.lease("rollout", ["prompt"], count=1, timeout_s=20).rows == (rows[0],)
+
+
+def test_a_group_does_not_wait_for_a_row_that_was_cleared_before_all_its_tags_were_written(
+    open_queue: OpenQueue,
+) -> None:
+    fields = {"group_id": Field(int), "policy_version": Field(int)}
+    queue = open_queue(fields, {"update": Task((), StalenessAware(1, group_size=2))})
+    rows = queue.put({"group_id": [7, 7]})
+    queue.clear([rows[0]])
+    queue.put({"policy_version": [0]}, [rows[1]])
+    assert queue.lease("update", count=2, policy_version=0, timeout_s=20, allow_partial=True).rows == (rows[1],)
