@@ -56,6 +56,20 @@ def test_ranks_are_killed_from_a_cell_and_nothing_changes(execute: Callable[[Pat
         assert f"[flashrl] {lost}" in told
 
 
+def test_rows_of_a_killed_consumer_come_back(execute: Callable[[Path], nbformat.NotebookNode]) -> None:
+    told = printed(execute(FOLDER / "02_transfer_queue.ipynb"))
+    assert "leased again here: (3,)" in told
+    assert "last rows: (2, 3) [2.0, 0.5]" in told
+
+
+def test_a_policy_learns_from_a_reward_of_a_cell(execute: Callable[[Path], nbformat.NotebookNode]) -> None:
+    told = printed(execute(FOLDER / "03_async_grpo.ipynb"))
+    assert "rows generated, trained, lost, doubled: 7680 7680 0 0" in told
+    assert "all three runs end with the same weights: True" in told
+    first, last = map(float, told.partition("reward ")[2].split("\n")[0].split(" → "))
+    assert last > first
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_stored_outputs_are_of_the_stored_cells(path: Path) -> None:
     """A reader of the repository sees outputs; each code cell has run, in order, and none failed."""
