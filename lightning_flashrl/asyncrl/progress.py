@@ -63,7 +63,7 @@ class RunProgress(L.Callback):
             self._progress.update(self._bar, completed=step, told=told)
         elif step == 1 or step % max(1, trainer.max_steps // _NUM_LINES) == 0:
             total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-            self._console.print(f"step {step}{total} · {told}", highlight=False)
+            self._console.print(f"step {step}{total} · {told}", highlight=False, soft_wrap=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show how good the policy is."""
@@ -74,6 +74,7 @@ class RunProgress(L.Callback):
                 f"held-out accuracy {when}: greedy {float(metrics['val/accuracy_greedy']):.3f}, sampled "
                 f"{float(metrics['val/accuracy_sampled']):.3f}",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

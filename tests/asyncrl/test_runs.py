@@ -19,6 +19,8 @@ import pytest
 from lightning_flashrl.algorithms import GRPO, PPO
 from lightning_flashrl.asyncrl import AsyncRL, RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
+from lightning_flashrl.engines.adapters import LoRA
+from lightning_flashrl.engines.trainer import CausalLMTrainer
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
 from tests.jobs import rl
 
@@ -84,6 +86,17 @@ class TestWorkflows:
         summary = _run("--strategy", strategy, "--devices", "2", output_dir=tmp_path)
         _check_books(summary, rows=5 * 16, staleness=1)
         assert summary["recoveries"] == 0
+
+
+def test_adapters_alone_are_trained_and_reach_the_rollouts() -> None:
+    """On-policy, rollouts and trainer agree on log-probs after several updates of the adapters."""
+    engine = CausalLMTrainer(rl.make_engine().model, lora=LoRA(rank=4))
+    module = rl.make_module(engine)
+    rl.make_trainer(max_steps=4).fit(module, rl.make_data(workflow="sync"))
+    assert module.last_step is not None
+    assert module.last_step["policy_version"] == 4
+    assert module.last_step["mismatch/logprob_diff_max"] < 1e-4
+    assert any(weight.abs().sum() > 0 for name, weight in engine.weights().items() if "lora_B" in name)
 
 
 class TestPrompts:
