@@ -19,6 +19,7 @@ from lightning_flashrl.engines.trainer import ExperienceBatch, SimulatedTrainer
 from lightning_flashrl.engines.worker import RolloutWorker
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.streaming import TransferQueue
+from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import WeightPublisher, WeightReceiver
 
 VOCABULARY = 40
@@ -123,7 +124,7 @@ def test_a_simulated_trainer_and_engine_go_through_the_whole_pipeline() -> None:
             publisher.wait()
             with TransferQueue(EXPERIENCE, {"rollout": ["prompt"], "update": []}) as queue:
                 rows = [torch.tensor([2 + number]) for number in range(32)]
-                queue.put(prompt_rows(rows, [""] * 32, [""] * 32, group_size=1, first_group=32 * version))
+                queue.put(prompt_rows(rows, [Problem("", "")] * 32, group_size=1, first_group=32 * version))
                 queue.close()
                 RolloutWorker(queue, engine, _count_sevens, _words, receiver=receiver).run()
                 batch = ExperienceBatch.of(queue.lease("update", count=32).batch)

@@ -261,9 +261,7 @@ class TestTokenizers:
             queue.put(
                 prompt_rows(
                     tokens,
-                    [problem.prompt for problem in problems],
-                    [problem.answer for problem in problems],
-                    data=[problem.data for problem in problems],
+                    problems,
                     group_size=2,
                     first_group=0,
                 )
