@@ -54,7 +54,10 @@ def test_every_recipe_is_composed(group: str, name: str) -> None:
     assert found["paths"]["output_dir"] == "there"
 
 
-@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=() if name == "grpo_sort" else pytest.mark.slow) for name in GROUPS["experiment"]],
+)
 def test_every_experiment_runs_and_leaves_its_record(experiment: str, tmp_path: Path) -> None:
     done = _flashrl(f"experiment={experiment}", *SHORT, f"paths.output_dir={tmp_path}/out", cwd=tmp_path)
     out = tmp_path / "out"
