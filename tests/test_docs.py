@@ -13,7 +13,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize(("name", "num_programs"), [("streaming", 3), ("engines", 6), ("async_rl", 1)])
+@pytest.mark.parametrize(("name", "num_programs"), [("streaming", 3), ("engines", 7), ("async_rl", 1)])
 def test_programs_run_and_print_what_is_said(name: str, num_programs: int) -> None:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / f"{name}.md").read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}

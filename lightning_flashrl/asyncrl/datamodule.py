@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem
 from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
+from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.engines import RolloutEngine, Sampling, TrainerEngine
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.tasks import CharacterTokenizer, Problem, Problems, ProceduralTask, RewardFn
@@ -136,6 +137,8 @@ class StreamingDataModule(L.LightningDataModule):
         if validation is None and task is not None:
             self.validation = Problems(task, 256, "validation")
         self._rollout_engine = rollout_engine
+        num_reward_workers = self.rollout.reward_workers
+        self._num_reward_workers = int(reward is not None) if num_reward_workers is None else num_reward_workers
         self._steps_per_epoch = steps_per_epoch
         self._lease_timeout_s = lease_timeout_s
         self._session: Session | None = None
@@ -181,14 +184,33 @@ class StreamingDataModule(L.LightningDataModule):
             pad_token_id=sampling.pad_token_id,
         )
 
+    def stages(self, *, has_reference: bool, has_critic: bool) -> Stages:
+        """Return the tasks of a run.
+
+        Args:
+            has_reference: whether rows need log-probs of a reference policy.
+            has_critic: whether rows need values.
+        """
+        has_reward = self._num_reward_workers > 0
+        return Stages(has_reward=has_reward, has_reference=has_reference, has_critic=has_critic)
+
     def host(
-        self, engine: TrainerEngine, version: int, *, limit: int | None, filters_uninformative: bool
+        self,
+        engine: TrainerEngine,
+        version: int,
+        stages: Stages,
+        reference: TrainerEngine | None,
+        *,
+        limit: int | None,
+        filters_uninformative: bool,
     ) -> HostSession:
         """Begin the session on rank 0.
 
         Args:
             engine: the trainer engine.
             version: of its weights.
+            stages: the run's tasks.
+            reference: the reference policy, for runs that have one.
             limit: prompt groups to be trained in all; ``None`` for no limit.
             filters_uninformative: whether groups with equal rewards are replaced.
         """
@@ -204,10 +226,13 @@ class StreamingDataModule(L.LightningDataModule):
             weights=engine.weights(),
             version=version,
             score=engine.score,
+            stages=stages,
+            reference=reference,
             rollouts=Rollouts(
                 settings=self.rollout,
                 make_engine=make_engine,
                 reward=self.reward,
+                num_reward_workers=self._num_reward_workers,
                 encode=self.tokenizer.encode,
                 decode=self.decode,
                 problems=self.source.starting_at(self._first_group),
@@ -220,9 +245,9 @@ class StreamingDataModule(L.LightningDataModule):
         self._session = session
         return session
 
-    def join(self, address: SessionAddress, replica_rank: int) -> RankSession:
+    def join(self, address: SessionAddress, replica_rank: int, stages: Stages) -> RankSession:
         """Join the session on another rank."""
-        session = RankSession(address, self.steps, replica_rank)
+        session = RankSession(address, self.steps, replica_rank, stages)
         self._session = session
         return session
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -18,17 +18,20 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from lightning_flashrl import clock
-from lightning_flashrl.algorithms import GRPO, PolicyOptimization, sum_tokens
+from lightning_flashrl.algorithms import GRPO, PolicyOptimization, clipped_value_loss, sum_tokens
 from lightning_flashrl.asyncrl.datamodule import StepBatch, StreamingDataModule
 from lightning_flashrl.asyncrl.metrics import StepMetrics
 from lightning_flashrl.asyncrl.session import HostSession, Session
-from lightning_flashrl.engines import Prompt, TrainerEngine
+from lightning_flashrl.asyncrl.stages import Stages
+from lightning_flashrl.asyncrl.steps import CRITIC, CRITIC_UPDATE
+from lightning_flashrl.engines import CriticEngine, Prompt, TrainerEngine
 from lightning_flashrl.engines.trainer import ExperienceBatch
 from lightning_flashrl.errors import ConfigurationError
-from lightning_flashrl.streaming import Lease
 from lightning_flashrl.tasks import Problem
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+"""Takes parameters, or groups of them: any class of ``torch.optim``."""
+_REFERENCE_WEIGHTS = "reference_weights"
 _DEFAULT_OPTIMIZER = functools.partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
 
 
@@ -38,9 +41,14 @@ class AsyncRL(L.LightningModule):
     Args:
         trainer_engine: the policy.
         algorithm: what is optimized.
-        optimizer: makes the optimizer from parameters; override ``configure_optimizers`` for more.
+        optimizer: makes the optimizer of all that is trained; override ``configure_optimizers`` for more.
         lr_scheduler: makes its scheduler, which counts steps; ``None`` for none.
         gradient_clip_norm: gradients are cut to this norm; ``None`` for no cut.
+        critic_engine: guesses values, for an algorithm with a critic; see
+            :class:`~lightning_flashrl.engines.trainer.CausalLMCritic`.
+        critic_lr: the critic's learning rate; ``None`` for the policy's.
+        reference_engine: the policy that an algorithm with a reference stays near to; its weights never change.
+            ``None`` takes the policy as it is when its first ``fit`` begins; checkpoints remember that.
 
     Attributes:
         last_step: numbers of the last step, by the names under which they are logged.
@@ -62,18 +70,22 @@ class AsyncRL(L.LightningModule):
         optimizer: MakeOptimizer = _DEFAULT_OPTIMIZER,
         lr_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         gradient_clip_norm: float | None = 1.0,
+        critic_engine: CriticEngine | None = None,
+        critic_lr: float | None = None,
+        reference_engine: TrainerEngine | None = None,
     ) -> None:
         super().__init__()
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ConfigurationError(f"gradient_clip_norm={gradient_clip_norm}; use a number above 0, or None")
-        if algorithm is not None and (algorithm.uses_critic or algorithm.uses_reference):
-            raise ConfigurationError(
-                f"{type(algorithm).__name__} needs a critic or a reference policy, which AsyncRL does not run yet; use "
-                "advantages of prompt groups, and algorithm.kl_coefficient=0"
-            )
         self.automatic_optimization = False
         self.trainer_engine: Any = trainer_engine
         self.algorithm = algorithm or GRPO()
+        _check_roles(self.algorithm, critic_engine, reference_engine)
+        self.critic_engine: Any = critic_engine
+        self.critic_lr = critic_lr
+        self._reference = (reference_engine,)  # in a tuple: no part of what is trained
+        self._remembers_reference = self.algorithm.uses_reference and reference_engine is None
+        self._reference_weights: Mapping[str, Tensor] | None = None  # of a checkpoint
         self.gradient_clip_norm = gradient_clip_norm
         self._make_optimizer = optimizer
         self._make_scheduler = lr_scheduler
@@ -88,10 +100,14 @@ class AsyncRL(L.LightningModule):
         return int(self.get_buffer("_policy_version"))
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, and its scheduler if there is one."""
-        optimizer = self._make_optimizer(
-            [weight for weight in self.trainer_engine.parameters() if weight.requires_grad]
-        )
+        """Return the optimizer, and its scheduler if there is one. One optimizer updates policy and critic together."""
+        trained: list[Any] = _trained(self.trainer_engine)
+        if self.critic_engine is not None:
+            critic: dict[str, Any] = {"params": _trained(self.critic_engine)}
+            if self.critic_lr is not None:
+                critic["lr"] = self.critic_lr
+            trained = [{"params": trained}, critic]
+        optimizer = self._make_optimizer(trained)
         if self._make_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
@@ -123,12 +139,14 @@ class AsyncRL(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin rollouts."""
-        trainer, data = self.trainer, self.data
+        trainer, data, stages = self.trainer, self.data, self._stages()
         address = None
         if trainer.is_global_zero:
             session = data.host(
                 self.trainer_engine,
                 self.policy_version,
+                stages,
+                self._reference_policy(),
                 limit=self._limit(),
                 filters_uninformative=self.algorithm.filters_uninformative,
             )
@@ -136,9 +154,34 @@ class AsyncRL(L.LightningModule):
         address = trainer.strategy.broadcast(address)
         if not trainer.is_global_zero:
             assert address is not None
-            data.join(address, trainer.global_rank)
+            data.join(address, trainer.global_rank, stages)
         self._step_began_s = clock.now_s()
         self._last_waited_s = 0.0
+
+    def _stages(self) -> Stages:
+        algorithm = self.algorithm
+        return self.data.stages(has_reference=algorithm.uses_reference, has_critic=algorithm.uses_critic)
+
+    @torch.no_grad()
+    def _reference_policy(self) -> TrainerEngine | None:
+        """Return the policy to stay near to, if the algorithm has one."""
+        if self._remembers_reference and self._reference[0] is None:
+            twin = self.trainer_engine.twin_factory()()
+            first = self._reference_weights or self.trainer_engine.weights()
+            for name, weight in twin.weights().items():
+                weight.copy_(first[name])
+            self._reference = (twin,)
+        return self._reference[0]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the reference policy, unless it was given."""
+        [reference] = self._reference
+        if self._remembers_reference and reference is not None:
+            checkpoint[_REFERENCE_WEIGHTS] = dict(reference.weights())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the reference policy that training began with."""
+        self._reference_weights = checkpoint.get(_REFERENCE_WEIGHTS)
 
     def _limit(self) -> int | None:
         """Prompt groups that this fit will train in all, if that is known."""
@@ -162,31 +205,33 @@ class AsyncRL(L.LightningModule):
         metrics = StepMetrics(self.data.max_staleness, self.algorithm.clip_low, self.algorithm.clip_high)
         with self._without_sync():
             for lease in session.micro_batches(version):
-                self._backward(lease, metrics, version)
+                rows = ExperienceBatch.of(lease.batch, self.data.tokenizer.pad_token_id or 0)
+                if lease.task == CRITIC:
+                    session.commit_values(lease, rows.ragged(self._values(rows)))
+                elif lease.task == CRITIC_UPDATE:
+                    self._backward_critic(rows, metrics)
+                else:
+                    self._backward(rows, metrics, version)
         found = self._gathered(metrics)
         if not found["rows"]:  # no more prompts
             return
-        self._update(session, found["count"])
+        self._update(session, found["count"], found.pop("value_count"))
         session.step_done(self.trainer_engine.weights(), self.policy_version)
         self._log_step(session, found)
 
-    def _backward(self, lease: Lease, metrics: StepMetrics, version: int) -> None:
-        """Add the gradients of a lease, whose prompt groups are whole; forward passes are no larger than set."""
-        rows = ExperienceBatch.of(lease.batch, self.data.tokenizer.pad_token_id or 0)
+    def _backward(self, rows: ExperienceBatch, metrics: StepMetrics, version: int) -> None:
+        """Add the gradients of rows, whose prompt groups are whole; forward passes are no larger than set."""
         metrics.add_rows(rows, version)
         algorithm = self.algorithm
-        lengths = rows.loss_mask.sum(dim=1)
-        advantages = algorithm.group_advantages(algorithm.shaped(rows.rewards, lengths), rows.group_ids)
-        max_tokens = self.data.steps.micro_batch_tokens
-        parts = rows.split(max_tokens)
-        for part, its_advantages in zip(parts, torch.split(advantages, [len(part) for part in parts]), strict=True):
-            micro_batch = part.to(self.device)
+        advantages, _ = self._advantages(rows)
+        for micro_batch, its_advantages in self._parts(rows, advantages):
             policy_logprobs = self.trainer_engine(micro_batch)  # [N, L - 1]
             losses = algorithm.token_losses(
                 policy_logprobs,
                 micro_batch.rollout_logprobs,
-                its_advantages[:, None].to(self.device),
+                its_advantages,
                 micro_batch.loss_mask,
+                micro_batch.ref_logprobs,
             )
             loss, count = sum_tokens(
                 losses, micro_batch.loss_mask, algorithm.reduction, length=algorithm.constant_length
@@ -195,17 +240,52 @@ class AsyncRL(L.LightningModule):
             metrics.add_loss(loss.detach(), count)
             metrics.add_logprobs(policy_logprobs.detach(), micro_batch)
 
-    def _update(self, session: Session, count: float) -> None:
+    def _backward_critic(self, rows: ExperienceBatch, metrics: StepMetrics) -> None:
+        """Add the gradients of the critic's error."""
+        _, returns = self._advantages(rows)
+        for micro_batch, its_returns in self._parts(rows, returns):
+            assert micro_batch.values is not None
+            values = self.critic_engine(micro_batch)
+            losses = clipped_value_loss(values, micro_batch.values, its_returns, clip=self.algorithm.value_clip)
+            loss, count = sum_tokens(losses, micro_batch.loss_mask, "token")
+            self.manual_backward(loss)
+            metrics.add_values(loss.detach(), count, micro_batch.values, its_returns, micro_batch.loss_mask)
+
+    @torch.no_grad()
+    def _values(self, rows: ExperienceBatch) -> Tensor:
+        """Return the critic's value ``[N, L - 1]`` before each token but the first."""
+        max_tokens = self.data.steps.micro_batch_tokens
+        return torch.cat([self.critic_engine(part.to(self.device)).cpu() for part in rows.split(max_tokens)])
+
+    def _advantages(self, rows: ExperienceBatch) -> tuple[Tensor, Tensor]:
+        """Return advantages ``[N, L - 1]`` or ``[N, 1]``, and a critic's returns of the same shape, 0 without one."""
+        algorithm = self.algorithm
+        rewards = algorithm.shaped(rows.rewards, rows.loss_mask.sum(dim=1))
+        if rows.values is not None:
+            return algorithm.token_advantages(rewards, rows.values, rows.loss_mask)
+        advantages = algorithm.group_advantages(rewards, rows.group_ids)[:, None]
+        return advantages, torch.zeros_like(advantages)
+
+    def _parts(self, rows: ExperienceBatch, numbers: Tensor) -> Iterator[tuple[ExperienceBatch, Tensor]]:
+        """Iterate over forward passes: rows, and their part of ``[N, ...]``."""
+        parts = rows.split(self.data.steps.micro_batch_tokens)
+        for part, its_numbers in zip(parts, torch.split(numbers, [len(part) for part in parts]), strict=True):
+            yield part.to(self.device), its_numbers.to(self.device)
+
+    def _update(self, session: Session, count: float, value_count: float) -> None:
         """Divide the gradients by what all ranks trained, and apply them."""
         optimizer: Any = self.optimizers()
-        weights = [weight for weight in self.trainer_engine.parameters() if weight.requires_grad]
+        parts = [(_trained(self.trainer_engine), count)]
+        if self.critic_engine is not None:
+            parts.append((_trained(self.critic_engine), value_count))
         if self.trainer.world_size > 1:
             # Ranks had different numbers of micro-batches: gradients are averaged here, once, over all ranks.
-            self.manual_backward(torch.stack([(weight * 0).sum() for weight in weights]).sum())
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        torch._foreach_mul_(gradients, self.trainer.world_size / max(1.0, count))
-        if self.gradient_clip_norm is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_norm, gradient_clip_algorithm="norm")
+            self.manual_backward(torch.stack([(weight * 0).sum() for weights, _ in parts for weight in weights]).sum())
+        for weights, its_count in parts:
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            torch._foreach_mul_(gradients, self.trainer.world_size / max(1.0, its_count))
+            if self.gradient_clip_norm is not None:
+                nn.utils.clip_grad_norm_(weights, self.gradient_clip_norm)
         session.before_update()
         optimizer.step()
         optimizer.zero_grad()
@@ -292,3 +372,34 @@ class AsyncRL(L.LightningModule):
                 told = {"answer": problem.answer, **problem.data}
                 rewards[completion.request_id] = float(data.reward(problem.prompt, text, told))
         return rewards
+
+
+def _trained(engine: Any) -> list[nn.Parameter]:
+    return [weight for weight in engine.parameters() if weight.requires_grad]
+
+
+def _check_roles(
+    algorithm: PolicyOptimization, critic_engine: CriticEngine | None, reference_engine: TrainerEngine | None
+) -> None:
+    """Compare what the algorithm needs with what there is."""
+    name = type(algorithm).__name__
+    if algorithm.uses_critic and critic_engine is None:
+        raise ConfigurationError(
+            f"{name} with advantage='generalized' needs a critic; give AsyncRL(critic_engine=CausalLMCritic...), or "
+            "take an algorithm without one, such as GRPO"
+        )
+    if not algorithm.uses_critic and critic_engine is not None:
+        raise ConfigurationError(
+            f"{name} with advantage={algorithm.advantage!r} would never train its critic; leave critic_engine out, or "
+            "take PPO"
+        )
+    if algorithm.uses_critic and algorithm.filters_uninformative:
+        raise ConfigurationError(
+            "algorithm.filters_uninformative leaves out groups with equal rewards, from which a critic learns all the "
+            "same; leave it out"
+        )
+    if not algorithm.uses_reference and reference_engine is not None:
+        raise ConfigurationError(
+            f"algorithm.kl_coefficient={algorithm.kl_coefficient} uses no reference; raise it, or leave "
+            "reference_engine out"
+        )

@@ -23,16 +23,18 @@ from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
-from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, StepPlan, StepSampler
-from lightning_flashrl.engines.base import RolloutEngine
-from lightning_flashrl.engines.experience import EXPERIENCE
-from lightning_flashrl.engines.process import RolloutFleet, WorkerRecord, WorkerSettings
+from lightning_flashrl.asyncrl.stages import Stages
+from lightning_flashrl.asyncrl.steps import CRITIC, UPDATE, Feeder, StepPlan
+from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
+from lightning_flashrl.engines.process import WorkerFleet, WorkerRecord, WorkerSettings
+from lightning_flashrl.engines.reference import ReferenceSettings
+from lightning_flashrl.engines.reward_task import RewardSettings
 from lightning_flashrl.engines.worker import WorkerStatistics
-from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError
+from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError, WouldBlock
 from lightning_flashrl.streaming import (
     Lease,
     QueueVerbs,
-    Task,
+    Ragged,
     TransferQueue,
     TransferQueueClient,
     TransferQueueServer,
@@ -40,15 +42,6 @@ from lightning_flashrl.streaming import (
 from lightning_flashrl.tasks import Problem, RewardFn
 from lightning_flashrl.weights import StalenessGate, WeightPublisher
 
-_UPDATE_FIELDS = (
-    "prompt.tokens",
-    "prompt.group_id",
-    "response.tokens",
-    "response.rollout_logprobs",
-    "response.versions",
-    "policy_version",
-    "reward",
-)
 _LOOK_S = 0.2
 """How often a rank that waits for rows looks whether everybody is well."""
 
@@ -74,6 +67,7 @@ class Rollouts:
         settings: how many workers, and how they sample.
         make_engine: makes a worker's engine, in its process.
         reward: scores.
+        num_reward_workers: processes that do so; 0 for the rollout workers themselves.
         encode: a prompt's tokens.
         decode: a completion's text.
         problems: what to ask, from ``first_group`` on.
@@ -86,6 +80,7 @@ class Rollouts:
     settings: RolloutSettings
     make_engine: Callable[[], RolloutEngine]
     reward: RewardFn
+    num_reward_workers: int
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[list[int]], str]
     problems: Iterator[Problem]
@@ -102,49 +97,78 @@ class Session:
         queue: the queue, or a client of it.
         steps: what a step is.
         replica_rank: which data-parallel replica this is.
+        stages: the run's tasks.
 
     Attributes:
         waited_s: time without a micro-batch, in all, since the first one came.
         began_s: when the first one came, on :func:`lightning_flashrl.clock.now_s`: rollout workers had started then.
     """
 
-    def __init__(self, queue: QueueVerbs, steps: StepSettings, replica_rank: int) -> None:
+    def __init__(self, queue: QueueVerbs, steps: StepSettings, replica_rank: int, stages: Stages) -> None:
         self.waited_s = 0.0
         self.began_s: float | None = None
+        self.stages = stages
         self._queue = queue
         self._steps = steps
         self._replica_rank = replica_rank
         self._held: list[Lease] = []
 
     def micro_batches(self, version: int) -> Iterator[Lease]:
-        """Iterate over this rank's micro-batches of the step that starts from a version.
+        """Iterate over this rank's micro-batches of the step that starts from a version, whose task they name.
 
         Raises:
             WorkerFailedError: nobody generates any more.
         """
-        while True:
-            begin_s = clock.now_s()
-            try:
-                lease = self._queue.lease(
-                    UPDATE,
-                    _UPDATE_FIELDS,
-                    tokens=self._steps.micro_batch_tokens,
-                    policy_version=version,
-                    replica_rank=self._replica_rank,
-                    timeout_s=_LOOK_S,
-                )
-            except LeaseTimeoutError:
-                self.check()
+        tasks = list(self.stages.trained)
+        while tasks:
+            lease = self._next(tasks, version)
+            if lease is None:
                 continue
-            except EndOfStream:
-                return
-            finally:
-                self.waited_s += clock.now_s() - begin_s
             if self.began_s is None:
                 self.began_s, self.waited_s = clock.now_s(), 0.0
             self._renew()
-            self._held.append(lease)
+            if lease.task != CRITIC:
+                self._held.append(lease)
             yield lease
+
+    def _next(self, tasks: list[str], version: int) -> Lease | None:
+        """Return a micro-batch, the later tasks' first; ``None`` if there is none yet. Tasks that are over leave."""
+        for task in reversed(tasks[1:]):
+            try:
+                return self._lease(task, version, 0.0)
+            except WouldBlock:
+                continue
+            except EndOfStream:
+                tasks.remove(task)
+        begin_s = clock.now_s()
+        try:
+            return self._lease(tasks[0], version, _LOOK_S)
+        except LeaseTimeoutError:
+            self.check()
+        except EndOfStream:
+            del tasks[0]
+        finally:
+            self.waited_s += clock.now_s() - begin_s
+        return None
+
+    def _lease(self, task: str, version: int, timeout_s: float) -> Lease:
+        return self._queue.lease(
+            task,
+            self.stages.fields(task),
+            tokens=self._steps.micro_batch_tokens,
+            policy_version=version,
+            replica_rank=self._replica_rank,
+            timeout_s=timeout_s,
+        )
+
+    def commit_values(self, lease: Lease, values: Ragged) -> None:
+        """Write a critic's values of a lease's rows: they can be trained now.
+
+        Args:
+            lease: of the task ``critic``.
+            values: of each token of the responses.
+        """
+        self._queue.commit(lease, {"values": values})
 
     def _renew(self) -> None:
         now_s = clock.now_s()
@@ -181,11 +205,12 @@ class RankSession(Session):
         address: of the session.
         steps: what a step is.
         replica_rank: which data-parallel replica this is.
+        stages: the run's tasks.
     """
 
-    def __init__(self, address: SessionAddress, steps: StepSettings, replica_rank: int) -> None:
+    def __init__(self, address: SessionAddress, steps: StepSettings, replica_rank: int, stages: Stages) -> None:
         self._client = TransferQueueClient(address.endpoint, address.secret)
-        super().__init__(self._client, steps, replica_rank)
+        super().__init__(self._client, steps, replica_rank, stages)
 
     def close(self) -> None:
         """Let go of the queue."""
@@ -205,11 +230,14 @@ class HostSession(Session):
         version: of these weights.
         score: log-probs of a sequence under the live weights.
         rollouts: who generates.
+        stages: the run's tasks.
+        reference: a policy whose weights, as they are now, are the reference's; for runs that have one.
 
     Attributes:
         address: for the other ranks.
         plan: which rows each step gets.
         fleet: the rollout workers.
+        helpers: workers of other tasks, by task.
         publisher: of the weights.
     """
 
@@ -225,6 +253,8 @@ class HostSession(Session):
         version: int,
         score: Callable[[Tensor], Tensor],
         rollouts: Rollouts,
+        stages: Stages,
+        reference: TrainerEngine | None,
     ) -> None:
         gate = StalenessGate(0 if workflow.is_on_policy else max_staleness, steps.prompts)
         gate.restored(version)
@@ -238,20 +268,9 @@ class HostSession(Session):
         self._score = score
         with contextlib.ExitStack() as stack:
             queue = stack.enter_context(
-                TransferQueue(
-                    EXPERIENCE,
-                    {
-                        "rollout": ["prompt"],
-                        UPDATE: Task(
-                            _UPDATE_FIELDS,
-                            StepSampler(self.plan),
-                            token_fields=("prompt.tokens", "response.tokens"),
-                        ),
-                    },
-                    lease_timeout_s=rollouts.lease_timeout_s,
-                )
+                TransferQueue(stages.schema, stages.tasks(self.plan), lease_timeout_s=rollouts.lease_timeout_s)
             )
-            super().__init__(queue, steps, 0)
+            super().__init__(queue, steps, 0, stages)
             self.host_queue = queue
             server = stack.enter_context(TransferQueueServer(queue))
             self.address = SessionAddress(server.endpoint, server.secret)
@@ -262,24 +281,27 @@ class HostSession(Session):
             self.publisher.wait()
             settings = rollouts.settings
             self.fleet = stack.enter_context(
-                RolloutFleet(
+                WorkerFleet(
                     WorkerSettings(
                         endpoint=server.endpoint,
                         secret=server.secret,
                         weights=self.publisher.address,
                         swap=workflow.swap,
                         make_engine=rollouts.make_engine,
-                        reward=rollouts.reward,
+                        reward=None if stages.has_reward else rollouts.reward,
                         decode=rollouts.decode,
                         num_places=settings.num_slots + settings.num_ahead,
                         num_threads=settings.num_threads,
-                        reward_processes=settings.reward_processes,
-                        reward_timeout_s=settings.reward_timeout_s,
                     ),
                     settings.workers,
                     rollouts.log_dir,
                 )
             )
+            self.helpers: dict[str, WorkerFleet] = {}
+            if stages.has_reward:
+                self._start_rewards(stack, rollouts)
+            if reference is not None:
+                self._start_reference(stack, rollouts, reference, version)
             self.feeder = Feeder(
                 queue,
                 self.plan,
@@ -290,6 +312,37 @@ class HostSession(Session):
             )
             stack.callback(self.feeder.close)
             self._resources = stack.pop_all()
+
+    def _start_rewards(self, stack: contextlib.ExitStack, rollouts: Rollouts) -> None:
+        job = RewardSettings(
+            endpoint=self.address.endpoint,
+            secret=self.address.secret,
+            num_threads=rollouts.settings.num_threads,
+            reward=rollouts.reward,
+            decode=rollouts.decode,
+            num_processes=rollouts.num_reward_workers,
+            timeout_s=rollouts.settings.reward_timeout_s,
+        )
+        fleet = WorkerFleet(job, 1, rollouts.log_dir)
+        self.helpers[job.role] = stack.enter_context(fleet)
+
+    def _start_reference(
+        self, stack: contextlib.ExitStack, rollouts: Rollouts, reference: TrainerEngine, version: int
+    ) -> None:
+        """Keep the reference's weights where its workers, also later ones, find them: beside those that change."""
+        publisher = stack.enter_context(WeightPublisher(reference.weights()))
+        publisher.publish(reference.weights(), version, self._probe, reference.score(self._probe))
+        publisher.wait()
+        job = ReferenceSettings(
+            endpoint=self.address.endpoint,
+            secret=self.address.secret,
+            num_threads=rollouts.settings.num_threads,
+            weights=publisher.address,
+            make_engine=reference.twin_factory(),
+            max_tokens=self._steps.micro_batch_tokens,
+        )
+        fleet = WorkerFleet(job, rollouts.settings.reference_workers, rollouts.log_dir)
+        self.helpers[job.role] = stack.enter_context(fleet)
 
     @property
     def is_over(self) -> bool:
@@ -322,7 +375,8 @@ class HostSession(Session):
         """
         if self.feeder.error is not None:
             raise self.feeder.error
-        self.fleet.check()
+        for fleet in self._fleets:
+            fleet.check()
 
     def books(self) -> dict[str, float]:
         """Return what became of all rows so far, and how busy everybody was.
@@ -342,27 +396,36 @@ class HostSession(Session):
             "rows_lost": float(counts.num_put - update.num_committed - dropped - update.num_open),
             "rollout_idle_share": self.fleet.idle_share(),
             "exposed_sync_s": self.publisher.exposed_s,
-            "workers_replaced": float(self.fleet.num_replaced),
+            "workers_replaced": float(sum(fleet.num_replaced for fleet in self._fleets)),
         }
 
     def metrics(self) -> dict[str, float]:
         """Return numbers to log with each step."""
         done, task = self.fleet.statistics(), self.host_queue.statistics().tasks
+        num_failed = sum(fleet.statistics().num_failed for fleet in self._fleets)
+        helpers = {f"idle_share/{name}": fleet.idle_share() for name, fleet in self.helpers.items()}
+        waiting = {f"queue/{name}": float(task[name].num_ready) for name in self.helpers}
         return {
+            **helpers,
+            **waiting,
             "idle_share/rollout": self.fleet.idle_share(),
             "generated_length": done.num_tokens / max(1, done.num_completions),
             "exposed_sync_s": self.publisher.exposed_s,
             "queue/prompts": float(task["rollout"].num_open),
             "queue/ready": float(task[UPDATE].num_ready),
             "rows/generated": float(done.num_completions),
-            "rows/failed": float(done.num_failed),
+            "rows/failed": float(num_failed),
             "rows/uninformative": float(self.plan.num_uninformative),
             "rollout/version_lag": float(self.plan.gate.version - done.version),
         }
 
     def workers(self) -> list[WorkerRecord]:
-        """Return what is known of each rollout worker."""
-        return self.fleet.records()
+        """Return what is known of each worker."""
+        return [record for fleet in self._fleets for record in fleet.records()]
+
+    @property
+    def _fleets(self) -> list[WorkerFleet]:
+        return [self.fleet, *self.helpers.values()]
 
     def worker_statistics(self) -> WorkerStatistics:
         """Return the sum of what rollout workers have done."""

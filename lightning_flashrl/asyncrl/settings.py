@@ -76,9 +76,10 @@ class RolloutSettings:
         num_ahead: prompts that a worker holds beyond these, so that no slot waits.
         max_length: of a prompt with its completion, in tokens.
         num_threads: of torch in each worker.
-        reward_processes: processes of each worker in which rewards are computed, so that one that hangs or crashes
-            costs its row only; 0 computes them in the worker itself.
-        reward_timeout_s: how long a reward may take there.
+        reward_workers: processes that score completions, so that a reward that hangs, crashes or takes long costs its
+            row only; 0 lets the rollout workers score. ``None`` takes 1 for a reward of your own and 0 for a task's.
+        reward_timeout_s: how long a reward may take in such a process.
+        reference_workers: processes that compute log-probs under the reference policy, for algorithms that need them.
 
     Raises:
         ConfigurationError: a number that cannot be.
@@ -91,15 +92,16 @@ class RolloutSettings:
     num_ahead: int = 16
     max_length: int = 1024
     num_threads: int = 1
-    reward_processes: int = 0
+    reward_workers: int | None = None
     reward_timeout_s: float = 10.0
+    reference_workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_new_tokens", "num_slots", "num_threads"):
+        for name in ("workers", "max_new_tokens", "num_slots", "num_threads", "reference_workers"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"rollout.{name}={getattr(self, name)}; use 1 or more")
-        for name in ("num_ahead", "reward_processes"):
-            if getattr(self, name) < 0:
+        for name in ("num_ahead", "reward_workers"):
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigurationError(f"rollout.{name}={getattr(self, name)}; use 0 or more")
         if not self.reward_timeout_s > 0:
             raise ConfigurationError(f"rollout.reward_timeout_s={self.reward_timeout_s}; use a time above 0 s")

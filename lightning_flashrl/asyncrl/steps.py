@@ -31,6 +31,8 @@ from lightning_flashrl.weights import StalenessGate
 
 UPDATE = "update"
 """The queue's task that trains."""
+CRITIC, CRITIC_UPDATE = "critic", "critic_update"
+"""The queue's tasks that guess values, and that train the critic."""
 _GROUP, _REWARD = "prompt.group_id", "reward"
 
 
@@ -106,20 +108,27 @@ class StepSampler(Sampler):
 
     Args:
         plan: which groups the step gets.
+        task: whose sampler it is.
+        leads: whether it is this sampler that lets the step take groups. One that does not hands out the groups that
+            another task's sampler let it take, as they become ready for its own task.
     """
 
     tags = (_GROUP, _REWARD)
 
-    def __init__(self, plan: StepPlan) -> None:
+    def __init__(self, plan: StepPlan, task: str = UPDATE, *, leads: bool = True) -> None:
         super().__init__()
         self._plan = plan
+        self._task = task
+        self._leads = leads
         self._groups: dict[int, dict[int, tuple[int, float]]] = {}  # group → row → tokens and reward
         self._group_of: dict[int, int] = {}
         self._num_gone: dict[int, int] = {}  # rows of a group that will never come
         self._picked: collections.deque[int] = collections.deque()
+        self._step = -1
+        self._handed: set[int] = set()  # groups of the step that were handed out
 
     def __deepcopy__(self, _: dict[int, Any]) -> StepSampler:
-        return StepSampler(self._plan)
+        return StepSampler(self._plan, self._task, leads=self._leads)
 
     def __len__(self) -> int:
         return len(self._group_of)
@@ -132,7 +141,7 @@ class StepSampler(Sampler):
         """
         if demand.tokens is None or demand.policy_version is None:
             raise ConfigurationError(
-                f"task {UPDATE!r} hands out micro-batches of a step; give lease(..., tokens=..., policy_version=...)"
+                f"task {self._task!r} hands out micro-batches of a step; give lease(tokens=..., policy_version=...)"
             )
 
     # ------------------------------------------------------------------ rows come and go
@@ -149,6 +158,7 @@ class StepSampler(Sampler):
                     continue
                 self._groups.setdefault(group, {})[row] = (tokens, reward)
                 self._group_of[row] = group
+                self._handed.discard(group)
 
     def discard(self, rows: Iterable[int]) -> None:
         """Let go of rows; those that are not held are ignored."""
@@ -161,7 +171,8 @@ class StepSampler(Sampler):
         """Forget rows that will never be ready: their groups do not wait for them."""
         self.discard(candidates.rows.tolist())
         with self._plan.changed:
-            self._plan.num_failed += len(candidates.rows)
+            if self._leads:
+                self._plan.num_failed += len(candidates.rows)
             for group in candidates.tags[_GROUP].tolist() if _GROUP in candidates.tags else ():
                 self._num_gone[group] = self._num_gone.get(group, 0) + 1
                 if self._num_gone[group] >= self._plan.group_size:
@@ -189,14 +200,17 @@ class StepSampler(Sampler):
             if demand.policy_version > gate.version:
                 return []
             if demand.policy_version < gate.version:
-                raise EndOfStream(UPDATE, f"step {demand.policy_version} is over")
+                raise EndOfStream(self._task, f"step {demand.policy_version} is over")
+            if self._step != gate.version:
+                self._step = gate.version
+                self._handed.clear()
             self._pick()
-            is_complete = gate.is_complete(is_last=plan.is_last)
+            is_complete = gate.is_complete(is_last=plan.is_last) and self._has_all()
             if not self._picked:
                 if is_complete:
-                    raise EndOfStream(UPDATE, f"step {demand.policy_version} has no more rows")
+                    raise EndOfStream(self._task, f"step {demand.policy_version} has no more rows")
                 if plan.is_last and not gate.num_open:
-                    raise EndOfStream(UPDATE, "no more prompts come")
+                    raise EndOfStream(self._task, "no more prompts come")
                 return []
             if plan.waits_for_all and not is_complete:
                 return []
@@ -208,11 +222,13 @@ class StepSampler(Sampler):
         is_open = set(plan.gate.open_rows)
         self._num_gone = {group: count for group, count in self._num_gone.items() if group in is_open}
         whole = [group for group in self._groups if self._is_whole(group)]
-        if plan.filters_uninformative:
+        if plan.filters_uninformative and self._leads:
             whole = [group for group in whole if not self._is_filtered(group)]
         # Those that the step had taken before come back when their consumer died.
         again = [group for group in plan.gate.taken if group in whole and group not in self._picked]
         self._picked.extend(again)
+        if not self._leads:
+            return
         if plan.gate.max_staleness == 0:
             is_whole = set(whole)
             in_order = []
@@ -222,6 +238,10 @@ class StepSampler(Sampler):
                 in_order.append(group)
             whole = in_order
         self._picked.extend(plan.gate.take(whole).rows)
+
+    def _has_all(self) -> bool:
+        """Whether all groups that the step has taken are here, or were handed out."""
+        return self._handed.union(self._picked).issuperset(self._plan.gate.taken)
 
     def _is_whole(self, group: int) -> bool:
         rows = self._groups[group]
@@ -255,6 +275,7 @@ class StepSampler(Sampler):
         rows: list[int] = []
         for group in chosen:
             self._picked.popleft()
+            self._handed.add(group)
             members = sorted(self._groups.pop(group))
             for row in members:
                 del self._group_of[row]

@@ -39,12 +39,13 @@ CONFIGS = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent 
 
 
 # --------------------------------------------------------------------------- building
-def build(cfg: DictConfig, output_dir: Path) -> tuple[Any, Any, Any, Any]:
-    """Build what a run needs.
+def build(cfg: DictConfig, output_dir: Path, console: Console) -> tuple[Any, Any, Any, Any]:
+    """Build what a run needs, and warm the policy up.
 
     Args:
         cfg: the whole config.
         output_dir: where the run writes.
+        console: for people.
 
     Returns:
         Trainer, module, data module and recorder.
@@ -73,7 +74,12 @@ def build(cfg: DictConfig, output_dir: Path) -> tuple[Any, Any, Any, Any]:
         seed=plain["seed"],
         log_dir=output_dir / "logs",
     )
-    module = AsyncRL(engine, make(cfg.algorithm), optimizer=make(cfg.optimizer))
+    _warm_start(engine, data, plain["warm_start"], output_dir, console)
+    algorithm = make(cfg.algorithm)
+    critic_engine = make(cfg.critic_engine, policy=engine) if algorithm.uses_critic else None
+    module = AsyncRL(
+        engine, algorithm, optimizer=make(cfg.optimizer), critic_engine=critic_engine, critic_lr=plain["critic_lr"]
+    )
     recorder = RunRecorder(output_dir)
     callbacks = [RunProgress(), recorder, *make(cfg.callbacks).values()]
     trainer = make(
@@ -108,7 +114,7 @@ def _tokenizer(trainer_engine: dict[str, Any], task: Any) -> tuple[Any, dict[str
         ) from error
 
 
-def _warm_start(module: Any, data: Any, settings: dict[str, Any], output_dir: Path, console: Console) -> None:
+def _warm_start(engine: Any, data: Any, settings: dict[str, Any], output_dir: Path, console: Console) -> None:
     """Train on demonstrations first; once for all ranks and their replacements."""
     import torch
 
@@ -118,7 +124,7 @@ def _warm_start(module: Any, data: Any, settings: dict[str, Any], output_dir: Pa
         return
     kept = output_dir / "warm_start.pt"
     if kept.exists():
-        module.trainer_engine.load_state_dict(torch.load(kept))
+        engine.load_state_dict(torch.load(kept))
         return
     if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("NODE_RANK", "0")):
         return  # rank 0's weights are everybody's
@@ -128,9 +134,9 @@ def _warm_start(module: Any, data: Any, settings: dict[str, Any], output_dir: Pa
         if (step + 1) % every == 0:
             console.print(f"warm start: step {step + 1}/{settings['steps']}, loss {loss:.3f}", highlight=False)
 
-    warm_start(module.trainer_engine, data.task, data.tokenizer, **settings, on_step=tell)
+    warm_start(engine, data.task, data.tokenizer, **settings, on_step=tell)
     beside = kept.with_suffix(".tmp")
-    torch.save(module.trainer_engine.state_dict(), beside)
+    torch.save(engine.state_dict(), beside)
     beside.replace(kept)
 
 
@@ -153,9 +159,7 @@ def train(cfg: DictConfig, output_dir: Path, console: Console) -> dict[str, Any]
         num_processes = cfg.rollout.workers + (cfg.trainer.devices if isinstance(cfg.trainer.devices, int) else 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
     L.seed_everything(cfg.seed, verbose=False)
-    trainer, module, data, recorder = build(cfg, output_dir)
-    settings: Any = OmegaConf.to_container(cfg.warm_start, resolve=True)
-    _warm_start(module, data, settings, output_dir, console)
+    trainer, module, data, recorder = build(cfg, output_dir, console)
     trainer.fit(module, data, ckpt_path=cfg.resume_from)
     if recorder.last_validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)

@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
-from lightning_flashrl.engines.exchange import exchanged_weights
 from lightning_flashrl.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from lightning_flashrl.engines.trainer.batch import ExperienceBatch
+    from lightning_flashrl.engines.trainer.batch import TokenBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +149,7 @@ class TrainerEngine(Protocol):
 
     temperature: float
 
-    def __call__(self, batch: ExperienceBatch) -> Tensor:
+    def __call__(self, batch: TokenBatch) -> Tensor:
         """Return the log-prob ``[N, L - 1]`` of each token but the first, given those before, at the temperature."""
 
     def score(self, tokens: Tensor) -> Tensor:
@@ -166,14 +164,23 @@ class TrainerEngine(Protocol):
     def rollout_factory(self, sampling: Sampling, *, num_slots: int, max_length: int) -> Callable[[], RolloutEngine]:
         """Return what makes an engine of the same model in another process, where it loads :meth:`weights`."""
 
+    def twin_factory(self) -> Callable[[], TrainerEngine]:
+        """Return what makes a trainer engine of the same model in another process, to which :meth:`weights` fit."""
 
-def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes with what a model exchanges: its adapters if it has any, else all weights.
+
+class CriticEngine(Protocol):
+    """Guesses what reward is still to come, with gradients. It is a torch module as well: it is trained."""
+
+    def __call__(self, batch: TokenBatch) -> Tensor:
+        """Return the value ``[N, L - 1]`` before each token but the first."""
+
+
+def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes with those of the weights that a model exchanges.
 
     Raises:
         ConfigurationError: they differ.
     """
-    expected = exchanged_weights(model)
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise ConfigurationError(

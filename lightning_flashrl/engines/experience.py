@@ -42,6 +42,24 @@ EXPERIENCE: dict[str, Any] = {
 """
 
 
+def experience_fields(*, has_reference: bool = False, has_critic: bool = False) -> dict[str, Any]:
+    """Return the fields of :data:`EXPERIENCE` and those that only some algorithms need.
+
+    Args:
+        has_reference: with ``ref_logprobs`` ``[T]``, of each token of the response under the reference policy.
+        has_critic: with ``values`` ``[T]``, a critic's value before each token of the response.
+
+    >>> sorted(experience_fields(has_critic=True).keys() - EXPERIENCE.keys())
+    ['values']
+    """
+    fields = dict(EXPERIENCE)
+    if has_reference:
+        fields["ref_logprobs"] = Field(torch.float32, (None,))
+    if has_critic:
+        fields["values"] = Field(torch.float32, (None,))
+    return fields
+
+
 def prompt_rows(
     tokens: Sequence[torch.Tensor],
     problems: Sequence[Problem],

@@ -1,4 +1,4 @@
-"""Rollout workers as processes of their own, and who watches them.
+"""Workers as processes of their own, and who watches them.
 
 ``python -m lightning_flashrl.engines.process`` reads what it is from standard input, works, and ends when standard
 input does: with whoever started it. What it has done it tells over a pipe, a line of JSON now and then.
@@ -13,6 +13,7 @@ a worker's watcher     the end of standard input                         whoever
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import dataclasses
@@ -26,23 +27,24 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 import cloudpickle
 
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import RolloutEngine
-from lightning_flashrl.engines.rewards import RewardPool
-from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics
+from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError, WorkerFailedError
-from lightning_flashrl.streaming import TransferQueueClient
+from lightning_flashrl.streaming import QueueVerbs, TransferQueueClient
 from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress
 
+Begin = Callable[..., None]
+"""Takes any number of :class:`~lightning_flashrl.engines.worker.WorkerStatistics`."""
 _REPORT_S = 0.25
 _END_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct("<Q")
@@ -52,34 +54,65 @@ _DEATH_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """What a rollout worker's process must know.
+class Job(abc.ABC):
+    """What a worker's process does, and what it must know for that. It is sent there.
 
     Attributes:
+        role: what such workers are called in logs and errors.
         endpoint: of the queue.
         secret: of the queue.
-        weights: where the trainer publishes.
-        swap: when it takes new weights.
-        make_engine: makes the engine, in the worker's process.
-        reward: scores.
-        decode: turns tokens into text.
-        num_places: prompts that are under way together.
         num_threads: of torch.
         reward_processes: processes in which rewards are computed; 0 computes them in the worker itself.
         reward_timeout_s: how long a reward may take there.
     """
 
+    role: ClassVar[str]
     endpoint: str
     secret: str
+    num_threads: int = 1
+
+    @abc.abstractmethod
+    def run(self, queue: QueueVerbs, begin: Begin, stop: threading.Event) -> None:
+        """Work, in the worker's process.
+
+        Args:
+            queue: rows come from there and go back there.
+            begin: to be called with its statistics when it is ready to serve; there may be several, of its threads.
+            stop: set when the worker should end; it gives back what it has then.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings(Job):
+    """What a rollout worker's process must know.
+
+    Attributes:
+        weights: where the trainer publishes.
+        swap: when it takes new weights.
+        make_engine: makes the engine, in the worker's process.
+        reward: scores; ``None`` if another task does.
+        decode: turns tokens into text.
+        num_places: prompts that are under way together.
+    """
+
+    role: ClassVar[str] = "rollout"
     weights: WeightsAddress
     swap: Swap
     make_engine: Callable[[], RolloutEngine]
-    reward: RewardFn
+    reward: RewardFn | None
     decode: Callable[[list[int]], str]
     num_places: int
-    num_threads: int = 1
-    reward_processes: int = 0
-    reward_timeout_s: float = 10.0
+
+    def run(self, queue: QueueVerbs, begin: Begin, stop: threading.Event) -> None:
+        """Generate until the stream ends."""
+        engine = self.make_engine()
+        with WeightReceiver(self.weights, self.swap) as receiver:
+            receiver.load(engine)
+            worker = RolloutWorker(
+                queue, engine, self.reward, self.decode, receiver=receiver, num_places=self.num_places
+            )
+            begin(worker.statistics)
+            worker.run(stop)
 
 
 @dataclass(slots=True)
@@ -87,7 +120,8 @@ class WorkerRecord:
     """One worker's process as the job's books have it.
 
     Attributes:
-        rank: number of the worker among the workers.
+        role: what it does.
+        rank: number of the worker among those of its role.
         pid: its process.
         since_s: when it was started, on the wall clock.
         state: ``"starting"``, ``"serving"``, ``"ended"`` or ``"lost"``.
@@ -95,6 +129,7 @@ class WorkerRecord:
         alive_s: how long it has served when it told that.
     """
 
+    role: str
     rank: int
     pid: int
     since_s: float
@@ -106,7 +141,7 @@ class WorkerRecord:
 class _Process:
     """A worker's process, seen from who started it."""
 
-    def __init__(self, rank: int, payload: bytes, log_path: Path | None) -> None:
+    def __init__(self, role: str, rank: int, payload: bytes, log_path: Path | None) -> None:
         report_fd, write_fd = os.pipe()
         log: IO[bytes] | None = None if log_path is None else log_path.open("ab")
         try:
@@ -125,7 +160,7 @@ class _Process:
             os.close(write_fd)
             if log is not None:
                 log.close()
-        self.record = WorkerRecord(rank, self._process.pid, clock.wall_s())
+        self.record = WorkerRecord(role, rank, self._process.pid, clock.wall_s())
         self.report_fd = report_fd
         self.error = ""
         self._unread = b""
@@ -173,13 +208,13 @@ class _Process:
                 self._process.stdin.close()
 
 
-class RolloutFleet:
-    """Rollout workers of a job on this host. A worker that is killed is replaced; one that raises ends the job.
+class WorkerFleet:
+    """Workers of one role on this host. A worker that is killed is replaced; one that raises ends the run.
 
     Args:
-        settings: of each worker.
+        job: of each worker.
         num_workers: how many.
-        log_dir: where their output goes, ``rollout-<rank>.log``; ``None`` leaves it where this process's goes.
+        log_dir: where their output goes, ``<role>-<rank>.log``; ``None`` leaves it where this process's goes.
 
     Attributes:
         num_replaced: workers that died and were replaced.
@@ -188,10 +223,11 @@ class RolloutFleet:
         ConfigurationError: no workers, or a reward or engine that cannot be sent to another process.
     """
 
-    def __init__(self, settings: WorkerSettings, num_workers: int, log_dir: Path | None = None) -> None:
+    def __init__(self, job: Job, num_workers: int, log_dir: Path | None = None) -> None:
         if num_workers < 1:
-            raise ConfigurationError(f"rollout.workers={num_workers}; use 1 or more")
-        self._payload = _pack(settings)
+            raise ConfigurationError(f"{num_workers} {job.role} workers; use 1 or more")
+        self._payload = _pack(job)
+        self._role = job.role
         self._log_dir = log_dir
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
@@ -226,16 +262,13 @@ class RolloutFleet:
 
     def statistics(self) -> WorkerStatistics:
         """Return the sum of what all workers have done; ``version`` is the oldest that one has now."""
-        total = WorkerStatistics()
         records = self.records()
-        for name in (item.name for item in dataclasses.fields(total)):
-            setattr(total, name, sum(getattr(record.statistics, name) for record in records))
-        serving = [record.statistics.version for record in records if record.state == "serving"]
-        total.version = min(serving, default=0)
-        return total
+        found = total([record.statistics for record in records])
+        found.version = min((record.statistics.version for record in records if record.state == "serving"), default=0)
+        return found
 
     def idle_share(self) -> float:
-        """Return the share of the workers' time in which they had nothing to generate; 0 before they serve."""
+        """Return the share of the workers' time in which they had nothing to do; 0 before they serve."""
         records = self.records()
         alive_s = sum(record.alive_s for record in records)
         return sum(record.statistics.idle_s for record in records) / alive_s if alive_s else 0.0
@@ -267,8 +300,8 @@ class RolloutFleet:
 
     # ------------------------------------------------------------------ the thread
     def _start(self, rank: int) -> None:
-        path = None if self._log_dir is None else self._log_dir / f"rollout-{rank}.log"
-        process = _Process(rank, self._payload, path)
+        path = None if self._log_dir is None else self._log_dir / f"{self._role}-{rank}.log"
+        process = _Process(self._role, rank, self._payload, path)
         self._processes[process.report_fd] = process
         self._selector.register(process.report_fd, selectors.EVENT_READ)
 
@@ -290,7 +323,7 @@ class RolloutFleet:
             self._past.append(process.record)
             if self._is_over or status == 0:
                 return
-            name = f"rollout worker {process.record.rank}"
+            name = f"{self._role} worker {process.record.rank}"
             if process.error:
                 self._error = WorkerFailedError(name, f"raised:\n{process.error}")
                 return
@@ -307,14 +340,14 @@ class RolloutFleet:
             self._start(process.record.rank)
 
 
-def _pack(settings: WorkerSettings) -> bytes:
+def _pack(job: Job) -> bytes:
     """Search path first, so that what is pickled by name is found."""
     try:
-        body = cloudpickle.dumps(settings)
+        body = cloudpickle.dumps(job)
     except (TypeError, pickle.PicklingError, AttributeError) as error:
         raise ConfigurationError(
-            f"the reward or the rollout engine cannot be sent to another process ({error}); give functions and classes "
-            "that hold no open files, locks or processes"
+            f"the reward or the engine of a {job.role} worker cannot be sent to another process ({error}); give "
+            "functions and classes that hold no open files, locks or processes"
         ) from error
     paths = json.dumps([path or os.getcwd() for path in sys.path]).encode()
     return b"".join(part for item in (paths, body) for part in (_LENGTH.pack(len(item)), item))
@@ -329,7 +362,7 @@ def _read_part(stream: IO[bytes]) -> bytes:
 class _Reporter:
     """Tells now and then what the worker has done."""
 
-    def __init__(self, fd: int, statistics: WorkerStatistics) -> None:
+    def __init__(self, fd: int, statistics: Sequence[WorkerStatistics]) -> None:
         self._fd = fd
         self._statistics = statistics
         self._begin_s = clock.now_s()
@@ -343,8 +376,8 @@ class _Reporter:
             self.tell()
 
     def tell(self) -> None:
-        told = {"statistics": dataclasses.asdict(self._statistics), "alive_s": clock.now_s() - self._begin_s}
-        _tell(self._fd, told)
+        alive_s = (clock.now_s() - self._begin_s) * len(self._statistics)
+        _tell(self._fd, {"statistics": dataclasses.asdict(total(self._statistics)), "alive_s": alive_s})
 
     def stop(self) -> None:
         self._over.set()
@@ -366,44 +399,28 @@ def _watch_input(stop: threading.Event) -> None:
     os._exit(1)
 
 
-def _serve(settings: WorkerSettings, report_fd: int, stop: threading.Event) -> None:
+def _serve(job: Job, report_fd: int, stop: threading.Event) -> None:
     import torch
 
-    torch.set_num_threads(settings.num_threads)
-    engine = settings.make_engine()
-    with contextlib.ExitStack() as stack:
-        queue = stack.enter_context(TransferQueueClient(settings.endpoint, settings.secret))
-        receiver = stack.enter_context(WeightReceiver(settings.weights, settings.swap))
-        receiver.load(engine)
-        reward: RewardFn | RewardPool = settings.reward
-        if settings.reward_processes:
-            reward = stack.enter_context(
-                RewardPool(settings.reward, num_workers=settings.reward_processes, timeout_s=settings.reward_timeout_s)
-            )
-        worker = RolloutWorker(
-            queue,
-            engine,
-            reward,
-            settings.decode,
-            receiver=receiver,
-            num_places=settings.num_places,
-        )
-        reporter = _Reporter(report_fd, worker.statistics)
+    torch.set_num_threads(job.num_threads)
+    reporters: list[_Reporter] = []
+    with TransferQueueClient(job.endpoint, job.secret) as queue:
         try:
-            worker.run(stop)
+            job.run(queue, lambda *statistics: reporters.append(_Reporter(report_fd, statistics)), stop)
         finally:
-            reporter.stop()
+            for reporter in reporters:
+                reporter.stop()
 
 
 def main() -> None:
-    """Be a rollout worker until the stream or standard input ends."""
+    """Be a worker until the stream or standard input ends."""
     report_fd = int(sys.argv[1])
     sys.path[:] = json.loads(_read_part(sys.stdin.buffer))
     stop = threading.Event()
     try:
-        settings = pickle.loads(_read_part(sys.stdin.buffer))
+        job = pickle.loads(_read_part(sys.stdin.buffer))
         threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
-        _serve(settings, report_fd, stop)
+        _serve(job, report_fd, stop)
     except QueueUnavailableError:
         if not stop.is_set():
             _tell(report_fd, {"error": traceback.format_exc()})

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import json
 import math
-import multiprocessing.spawn
 import os
 import pickle
 import resource
@@ -35,13 +34,11 @@ class Settings(NamedTuple):
 
     Attributes:
         reward: pickled.
-        main: how to find the program that the reward is defined in, if it is; from ``multiprocessing``.
         import_path: ``sys.path``.
         max_memory_bytes: what a reward may allocate beyond what is there when it has been loaded.
     """
 
     reward: bytes
-    main: dict[str, Any] | None
     import_path: list[str]
     max_memory_bytes: int | None
 
@@ -79,8 +76,6 @@ def _die_with(parent_pid: int) -> None:
 
 def _load(settings: Settings) -> Callable[..., Any]:
     sys.path[:] = settings.import_path
-    if settings.main is not None:
-        multiprocessing.spawn.prepare(settings.main)
     reward: Callable[..., Any] = pickle.loads(settings.reward)
     if settings.max_memory_bytes is not None:
         num_pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -15,7 +15,6 @@ process, however it ends: the kernel kills them when the thread that started the
 from __future__ import annotations
 
 import collections
-import os
 import pickle
 import sys
 import threading
@@ -25,6 +24,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+
+import cloudpickle
 
 from lightning_flashrl.engines.reward_process import ProcessEnded, RewardProcess
 from lightning_flashrl.engines.reward_worker import READY, REWARD, Settings
@@ -172,8 +173,8 @@ class RewardPool:
     process may.
 
     Args:
-        reward: the function; it is pickled, so it is defined in a module (or in a program's file), not inside another
-            function. What it keeps between calls is kept until its worker is replaced.
+        reward: the function, defined anywhere; it holds no open files, locks or processes. What it keeps between calls
+            is kept until its worker is replaced.
         num_workers: processes.
         timeout_s: for each call, from when a worker begins it.
         max_memory_bytes: what a worker may allocate beyond what it has when the reward is loaded: a call that goes
@@ -204,11 +205,10 @@ class RewardPool:
         if max_memory_bytes is not None and max_memory_bytes < 1:
             raise ConfigurationError(f"reward.max_memory_bytes={max_memory_bytes}; use 1 or more, or null for no limit")
         try:
-            pickled = pickle.dumps(reward)
+            pickled = cloudpickle.dumps(reward)
         except Exception as error:
             raise _not_loadable(reward, str(error)) from error
-        main = _main_program() if b"__main__" in pickled else None
-        self._shared = _Shared(Settings(pickled, main, list(sys.path), max_memory_bytes), timeout_s)
+        self._shared = _Shared(Settings(pickled, list(sys.path), max_memory_bytes), timeout_s)
         self._threads = [
             threading.Thread(target=self._shared.serve, name=f"flashrl-reward-{number}", daemon=True)
             for number in range(num_workers)
@@ -278,16 +278,6 @@ class RewardPool:
 
 def _not_loadable(reward: object, text: str) -> ConfigurationError:
     return ConfigurationError(
-        f"the reward {reward!r} cannot be loaded in another process ({text}); define it at the top of a module or of "
-        "the program's file: not in a notebook, inside a function or as a lambda"
+        f"the reward {reward!r} cannot be loaded in another process ({text}); give a function or an object "
+        "that holds no open files, locks or processes, and whose module the other process can import"
     )
-
-
-def _main_program() -> dict[str, Any] | None:
-    """How another process finds what this program's file defines; ``None`` if there is no file."""
-    program = sys.modules["__main__"]
-    spec = getattr(program, "__spec__", None)
-    if spec is not None:
-        return {"init_main_from_name": spec.name, "sys_argv": sys.argv}
-    path = getattr(program, "__file__", None)
-    return None if path is None else {"init_main_from_path": os.path.abspath(path), "sys_argv": sys.argv}

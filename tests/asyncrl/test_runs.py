@@ -16,8 +16,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from lightning_flashrl.algorithms import GRPO, PPO
-from lightning_flashrl.asyncrl import AsyncRL, RolloutSettings, StepSettings, StreamingDataModule
+from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
 from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.trainer import CausalLMTrainer
@@ -208,11 +207,6 @@ class TestLightning:
             rl.make_trainer(max_steps=1).fit(
                 rl.make_module(rl.make_engine()), L.LightningDataModule.from_datasets([1], [1])
             )
-
-    @pytest.mark.parametrize("algorithm", [PPO(), GRPO(kl_coefficient=0.1)])
-    def test_algorithms_that_need_more_are_refused(self, algorithm: Any) -> None:
-        with pytest.raises(ConfigurationError, match="does not run yet"):
-            AsyncRL(rl.make_engine(), algorithm)
 
     @pytest.mark.parametrize(
         "settings",

@@ -294,13 +294,19 @@ class TestWhereRewardsAreDefined:
             assert pool.submit(problem.prompt, problem.answer, problem.data).result() == 1
             assert pool.submit(problem.prompt, "x", problem.data).result() == 0
 
-    def test_where_no_other_process_finds_them(self) -> None:
-        def local(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
-            return 1.0
+    def test_inside_functions(self) -> None:
+        factor = 3.0
 
-        for reward in (local, lambda prompt, completion, row: 1.0, _with_a_lock):
-            with pytest.raises(ConfigurationError, match=r"cannot be loaded in another process \(.+\); define it"):
-                RewardPool(reward)
+        def local(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+            return factor * len(completion)
+
+        for reward in (local, lambda prompt, completion, row: factor * len(completion)):
+            with RewardPool(reward, num_workers=1, timeout_s=60) as pool:
+                assert pool.submit("", "four", {}).result() == 12
+
+    def test_with_what_cannot_travel(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"cannot be loaded in another process \(.+\); give a function"):
+            RewardPool(_with_a_lock)
 
     def test_in_a_module_that_only_this_process_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = types.ModuleType("made_here")

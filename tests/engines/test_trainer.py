@@ -141,7 +141,7 @@ class TestBadInput:
         tokens = rows.columns["response.tokens"]
         short = type(tokens)(tokens.values[: int(tokens.lengths[:-1].sum())], tokens.lengths.clone())
         short.lengths[-1] = 0
-        with pytest.raises(SchemaMismatchError, match="one log-prob for each token"):
+        with pytest.raises(SchemaMismatchError, match="one number for each token"):
             ExperienceBatch.of(Batch({**rows.columns, "response.tokens": short}))
 
 

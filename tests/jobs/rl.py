@@ -42,10 +42,13 @@ def make_engine(seed: int = 0) -> CausalLMTrainer:
     )
 
 
+_ROLLOUT = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, num_ahead=4, reward_workers=0)
+
+
 def make_data(**settings: Any) -> StreamingDataModule:
     settings.setdefault("reward", partly_right)
     settings.setdefault("steps", StepSettings(prompts=4, group_size=4, micro_batch_tokens=60))
-    settings.setdefault("rollout", RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, num_ahead=4))
+    settings.setdefault("rollout", _ROLLOUT)
     return StreamingDataModule(TASK, **settings)
 
 

@@ -148,8 +148,9 @@ class TransformersGenerate:
         Raises:
             ConfigurationError: a name or shape that the model does not have, or lacks.
         """
-        check_weights(self._model, weights)
-        for name, target in exchanged_weights(self._model).items():
+        live = exchanged_weights(self._model)
+        check_weights(live, weights)
+        for name, target in live.items():
             target.copy_(weights[name])
         self.version = version
 

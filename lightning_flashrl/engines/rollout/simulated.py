@@ -242,9 +242,10 @@ class SimulatedEngine:
         Raises:
             ConfigurationError: a name or shape that the policy does not have, or lacks.
         """
-        check_weights(self._policy, weights)
+        live = self._policy.state_dict()
+        check_weights(live, weights)
         self._pass(self.speed.swap_s)
-        for name, target in self._policy.state_dict().items():
+        for name, target in live.items():
             target.copy_(weights[name])
         self.version = version
 

@@ -13,7 +13,7 @@ from lightning_flashrl.engines.adapters import LoRA, add_lora
 from lightning_flashrl.engines.base import Sampling
 from lightning_flashrl.engines.exchange import check_trainable, exchanged_weights
 from lightning_flashrl.engines.rollout import SlotDecoder
-from lightning_flashrl.engines.trainer.batch import ExperienceBatch
+from lightning_flashrl.engines.trainer.batch import TokenBatch
 from lightning_flashrl.errors import ConfigurationError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +50,7 @@ class CausalLMTrainer(nn.Module):
         self.model = model
         self.temperature = temperature
         self._lora = lora
-        _without_dropout(model)
+        without_dropout(model)
         if gradient_checkpointing:
             try:
                 model.activation_checkpointing_enable()
@@ -121,7 +121,7 @@ class CausalLMTrainer(nn.Module):
         model = AutoModelForCausalLM.from_config(config, dtype=weights)  # type: ignore[no-untyped-call]
         return cls(model, temperature=temperature, gradient_checkpointing=gradient_checkpointing, lora=lora)
 
-    def forward(self, batch: ExperienceBatch) -> Tensor:
+    def forward(self, batch: TokenBatch) -> Tensor:
         """Return the log-prob of each token but the first, given those before.
 
         Returns:
@@ -156,19 +156,18 @@ class CausalLMTrainer(nn.Module):
 
     def rollout_factory(self, sampling: Sampling, *, num_slots: int, max_length: int) -> Callable[[], SlotDecoder]:
         """Return what makes an engine of the same model in another process, where it loads :meth:`weights`."""
+        return functools.partial(_make_engine, self._copier(), sampling, num_slots=num_slots, max_length=max_length)
+
+    def twin_factory(self) -> Callable[[], CausalLMTrainer]:
+        """Return what makes a trainer engine of the same model in another process, to which :meth:`weights` fit."""
+        return functools.partial(_make_twin, self._copier(), self.temperature)
+
+    def _copier(self) -> Callable[[], PreTrainedModel]:
+        """Return what makes a model to which :meth:`weights` fit."""
         # With adapters, what is frozen is never published: it goes along.
         published = self.weights().keys()
         frozen = {name: weight.cpu() for name, weight in self.model.state_dict().items() if name not in published}
-        return functools.partial(
-            _make_engine,
-            self.model.config,
-            self.model.dtype,
-            self._lora,
-            frozen,
-            sampling,
-            num_slots=num_slots,
-            max_length=max_length,
-        )
+        return functools.partial(_make_model, self.model.config, self.model.dtype, self._lora, frozen)
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return what rollout engines load, by name: the adapters if there are any, else all of the model's weights.
@@ -184,24 +183,27 @@ def _dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _make_engine(
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    lora: LoRA | None,
-    frozen: Mapping[str, Tensor],
-    sampling: Sampling,
-    *,
-    num_slots: int,
-    max_length: int,
-) -> SlotDecoder:
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+def _make_model(
+    config: PretrainedConfig, dtype: torch.dtype, lora: LoRA | None, frozen: Mapping[str, Tensor]
+) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     if lora is not None:
         add_lora(model, lora)
         model.load_state_dict(dict(frozen), strict=False)
-    return SlotDecoder(model, sampling, num_slots=num_slots, max_length=max_length)
+    return model
 
 
-def _without_dropout(model: nn.Module) -> None:
+def _make_engine(
+    make_model: Callable[[], PreTrainedModel], sampling: Sampling, *, num_slots: int, max_length: int
+) -> SlotDecoder:
+    return SlotDecoder(make_model(), sampling, num_slots=num_slots, max_length=max_length)
+
+
+def _make_twin(make_model: Callable[[], PreTrainedModel], temperature: float) -> CausalLMTrainer:
+    return CausalLMTrainer(make_model(), temperature=temperature)
+
+
+def without_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: those that are modules, and those that attention layers keep as a number."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
