@@ -2,6 +2,16 @@
 
 from lightning_flashrl.asyncrl.datamodule import StepBatch, StreamingDataModule
 from lightning_flashrl.asyncrl.module import AsyncRL
+from lightning_flashrl.asyncrl.service import RLClient, RLService
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 
-__all__ = ["AsyncRL", "RolloutSettings", "StepBatch", "StepSettings", "StreamingDataModule", "Workflow"]
+__all__ = [
+    "AsyncRL",
+    "RLClient",
+    "RLService",
+    "RolloutSettings",
+    "StepBatch",
+    "StepSettings",
+    "StreamingDataModule",
+    "Workflow",
+]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -217,6 +220,9 @@ class StreamingDataModule(L.LightningDataModule):
         make_engine = self._rollout_engine or engine.rollout_factory(
             self.sampling(), num_slots=self.rollout.num_slots, max_length=self.rollout.max_length
         )
+        problems = self.source.starting_at(self._first_group)
+        first = next(problems, None)
+        problems = itertools.chain([] if first is None else [first], problems)
         session = HostSession(
             self.steps,
             self.workflow,
@@ -235,7 +241,8 @@ class StreamingDataModule(L.LightningDataModule):
                 num_reward_workers=self._num_reward_workers,
                 encode=self.tokenizer.encode,
                 decode=self.decode,
-                problems=self.source.starting_at(self._first_group),
+                take=lambda count: list(itertools.islice(problems, count)),
+                probe=_probe(self.tokenizer.encode, first),
                 first_group=self._first_group,
                 log_dir=self.log_dir,
                 seed=self.seed,
@@ -300,6 +307,12 @@ class StreamingDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._first_group = state_dict["first_group"]
+
+
+def _probe(encode: Callable[[str], Sequence[int]], problem: Problem | None) -> Tensor:
+    """Return tokens whose log-probs tell one set of weights from another."""
+    tokens = [*encode(problem.prompt), *encode(problem.answer)] if problem is not None else []
+    return torch.tensor(((tokens or [0]) * 2)[:256], dtype=torch.int64)
 
 
 class _AsProblems(Dataset[Problem]):

@@ -207,7 +207,7 @@ class AsyncRL(L.LightningModule):
             for lease in session.micro_batches(version):
                 rows = ExperienceBatch.of(lease.batch, self.data.tokenizer.pad_token_id or 0)
                 if lease.task == CRITIC:
-                    session.commit_values(lease, rows.ragged(self._values(rows)))
+                    session.commit(lease, {"values": rows.ragged(self._values(rows))})
                 elif lease.task == CRITIC_UPDATE:
                     self._backward_critic(rows, metrics)
                 else:

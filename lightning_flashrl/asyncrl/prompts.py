@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lightning_flashrl.errors import ConfigurationError, SchemaMismatchError
+from lightning_flashrl.errors import ConfigurationError, QueueClosedError, SchemaMismatchError
 from lightning_flashrl.tasks import Problem, ProceduralTask
 
 
@@ -105,6 +107,57 @@ class PromptSource:
             for position in order[first:]:
                 yield as_problem(self._prompts[position])
             index = (number + 1) * size
+
+
+class Backlog:
+    """Problems that somebody puts in and somebody else takes out, first come, first served.
+
+    >>> backlog = Backlog()
+    >>> backlog.put([Problem("a", ""), Problem("b", "")])
+    >>> [problem.prompt for problem in backlog.take(5)]
+    ['a', 'b']
+    >>> backlog.close()
+    >>> backlog.take(5)
+    []
+    """
+
+    def __init__(self) -> None:
+        self._problems: collections.deque[Problem] = collections.deque()
+        self._changed = threading.Condition(threading.RLock())
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def put(self, problems: Iterable[Problem]) -> None:
+        """Put problems in.
+
+        Raises:
+            QueueClosedError: it is closed.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise QueueClosedError
+            self._problems.extend(problems)
+            self._changed.notify_all()
+
+    def take(self, count: int) -> list[Problem]:
+        """Return at most so many; wait for one, unless no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._problems or self._is_closed)
+            return [self._problems.popleft() for _ in range(min(count, len(self._problems)))]
+
+    def close(self) -> None:
+        """No more will come."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def discard(self) -> None:
+        """Forget what is left; no more will come."""
+        with self._changed:
+            self._problems.clear()
+            self.close()
 
 
 def as_problem(item: Any) -> Problem:

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
-from lightning_flashrl.asyncrl.steps import CRITIC, UPDATE, Feeder, StepPlan
+from lightning_flashrl.asyncrl.steps import CRITIC, UPDATE, Feeder, StepPlan, TakeProblems
 from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
-from lightning_flashrl.engines.process import WorkerFleet, WorkerRecord, WorkerSettings
+from lightning_flashrl.engines.process import Job, WorkerFleet, WorkerRecord, WorkerSettings
 from lightning_flashrl.engines.reference import ReferenceSettings
 from lightning_flashrl.engines.reward_task import RewardSettings
 from lightning_flashrl.engines.worker import WorkerStatistics
@@ -34,12 +33,11 @@ from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError, WouldBlock
 from lightning_flashrl.streaming import (
     Lease,
     QueueVerbs,
-    Ragged,
     TransferQueue,
     TransferQueueClient,
     TransferQueueServer,
 )
-from lightning_flashrl.tasks import Problem, RewardFn
+from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import StalenessGate, WeightPublisher
 
 _LOOK_S = 0.2
@@ -65,12 +63,13 @@ class Rollouts:
 
     Attributes:
         settings: how many workers, and how they sample.
-        make_engine: makes a worker's engine, in its process.
-        reward: scores.
+        make_engine: makes a worker's engine, in its process; ``None`` if others generate.
+        reward: scores; ``None`` if others do.
         num_reward_workers: processes that do so; 0 for the rollout workers themselves.
         encode: a prompt's tokens.
         decode: a completion's text.
-        problems: what to ask, from ``first_group`` on.
+        take: gives problems, from ``first_group`` on.
+        probe: ``[L]`` tokens by whose log-probs engines prove that they have new weights.
         first_group: number of the first prompt group.
         log_dir: where workers' output goes.
         seed: of the rollouts.
@@ -78,12 +77,13 @@ class Rollouts:
     """
 
     settings: RolloutSettings
-    make_engine: Callable[[], RolloutEngine]
-    reward: RewardFn
+    make_engine: Callable[[], RolloutEngine] | None
+    reward: RewardFn | None
     num_reward_workers: int
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[list[int]], str]
-    problems: Iterator[Problem]
+    take: TakeProblems
+    probe: Tensor
     first_group: int
     log_dir: Path | None
     seed: int
@@ -124,12 +124,37 @@ class Session:
             lease = self._next(tasks, version)
             if lease is None:
                 continue
-            if self.began_s is None:
-                self.began_s, self.waited_s = clock.now_s(), 0.0
-            self._renew()
-            if lease.task != CRITIC:
-                self._held.append(lease)
+            self._hold(lease)
             yield lease
+
+    def take(self, task: str, version: int, count: int | None = None, *, timeout_s: float) -> Lease | None:
+        """Take rows for one task, if there are any more: this rank's next micro-batch if it is one that trains.
+
+        Args:
+            task: of the queue.
+            version: that the step starts from.
+            count: this many at most, for a task that does not train.
+            timeout_s: how long to wait.
+
+        Raises:
+            WouldBlock: none are ready in time.
+        """
+        try:
+            if task not in self.stages.trained:
+                return self._queue.lease(task, count=count, allow_partial=True, timeout_s=timeout_s)
+            lease = self._lease(task, version, timeout_s)
+        except EndOfStream:
+            return None
+        self._hold(lease)
+        return lease
+
+    def _hold(self, lease: Lease) -> None:
+        """Keep a lease until its step is done, unless it gets values and is committed with them."""
+        if self.began_s is None:
+            self.began_s, self.waited_s = clock.now_s(), 0.0
+        self._renew()
+        if lease.task != CRITIC:
+            self._held.append(lease)
 
     def _next(self, tasks: list[str], version: int) -> Lease | None:
         """Return a micro-batch, the later tasks' first; ``None`` if there is none yet. Tasks that are over leave."""
@@ -161,14 +186,9 @@ class Session:
             timeout_s=timeout_s,
         )
 
-    def commit_values(self, lease: Lease, values: Ragged) -> None:
-        """Write a critic's values of a lease's rows: they can be trained now.
-
-        Args:
-            lease: of the task ``critic``.
-            values: of each token of the responses.
-        """
-        self._queue.commit(lease, {"values": values})
+    def commit(self, lease: Lease, data: Mapping[str, Any]) -> None:
+        """Write what was computed of a lease's rows, and be done with them."""
+        self._queue.commit(lease, data)
 
     def _renew(self) -> None:
         now_s = clock.now_s()
@@ -213,8 +233,8 @@ class RankSession(Session):
         super().__init__(self._client, steps, replica_rank, stages)
 
     def close(self) -> None:
-        """Let go of the queue."""
-        self._client.close()
+        """Let go of the queue, which goes on."""
+        self._client.disconnect()
 
 
 class HostSession(Session):
@@ -236,8 +256,6 @@ class HostSession(Session):
     Attributes:
         address: for the other ranks.
         plan: which rows each step gets.
-        fleet: the rollout workers.
-        helpers: workers of other tasks, by task.
         publisher: of the weights.
     """
 
@@ -275,37 +293,20 @@ class HostSession(Session):
             server = stack.enter_context(TransferQueueServer(queue))
             self.address = SessionAddress(server.endpoint, server.secret)
             self.publisher = stack.enter_context(WeightPublisher(weights))
-            first, problems = _peek(rollouts.problems)
-            self._probe = _probe(rollouts.encode, first)
+            self._probe = rollouts.probe
             self.publisher.publish(weights, version, self._probe, score(self._probe))
             self.publisher.wait()
-            settings = rollouts.settings
-            self.fleet = stack.enter_context(
-                WorkerFleet(
-                    WorkerSettings(
-                        endpoint=server.endpoint,
-                        secret=server.secret,
-                        weights=self.publisher.address,
-                        swap=workflow.swap,
-                        make_engine=rollouts.make_engine,
-                        reward=None if stages.has_reward else rollouts.reward,
-                        decode=rollouts.decode,
-                        num_places=settings.num_slots + settings.num_ahead,
-                        num_threads=settings.num_threads,
-                    ),
-                    settings.workers,
-                    rollouts.log_dir,
-                )
-            )
-            self.helpers: dict[str, WorkerFleet] = {}
-            if stages.has_reward:
-                self._start_rewards(stack, rollouts)
+            self._fleets: dict[str, WorkerFleet] = {}
+            if rollouts.make_engine is not None:
+                self._start_rollouts(stack, rollouts, rollouts.make_engine, workflow)
+            if rollouts.reward is not None and rollouts.num_reward_workers:
+                self._start_rewards(stack, rollouts, rollouts.reward)
             if reference is not None:
                 self._start_reference(stack, rollouts, reference, version)
             self.feeder = Feeder(
                 queue,
                 self.plan,
-                problems,
+                rollouts.take,
                 rollouts.encode,
                 first_group=rollouts.first_group,
                 seed=rollouts.seed,
@@ -313,18 +314,38 @@ class HostSession(Session):
             stack.callback(self.feeder.close)
             self._resources = stack.pop_all()
 
-    def _start_rewards(self, stack: contextlib.ExitStack, rollouts: Rollouts) -> None:
+    def _start_rollouts(
+        self,
+        stack: contextlib.ExitStack,
+        rollouts: Rollouts,
+        make_engine: Callable[[], RolloutEngine],
+        workflow: Workflow,
+    ) -> None:
+        settings = rollouts.settings
+        job = WorkerSettings(
+            endpoint=self.address.endpoint,
+            secret=self.address.secret,
+            num_threads=settings.num_threads,
+            weights=self.publisher.address,
+            swap=workflow.swap,
+            make_engine=make_engine,
+            reward=None if self.stages.has_reward else rollouts.reward,
+            decode=rollouts.decode,
+            num_places=settings.num_slots + settings.num_ahead,
+        )
+        self._start(stack, job, settings.workers, rollouts.log_dir)
+
+    def _start_rewards(self, stack: contextlib.ExitStack, rollouts: Rollouts, reward: RewardFn) -> None:
         job = RewardSettings(
             endpoint=self.address.endpoint,
             secret=self.address.secret,
             num_threads=rollouts.settings.num_threads,
-            reward=rollouts.reward,
+            reward=reward,
             decode=rollouts.decode,
             num_processes=rollouts.num_reward_workers,
             timeout_s=rollouts.settings.reward_timeout_s,
         )
-        fleet = WorkerFleet(job, 1, rollouts.log_dir)
-        self.helpers[job.role] = stack.enter_context(fleet)
+        self._start(stack, job, 1, rollouts.log_dir)
 
     def _start_reference(
         self, stack: contextlib.ExitStack, rollouts: Rollouts, reference: TrainerEngine, version: int
@@ -341,8 +362,10 @@ class HostSession(Session):
             make_engine=reference.twin_factory(),
             max_tokens=self._steps.micro_batch_tokens,
         )
-        fleet = WorkerFleet(job, rollouts.settings.reference_workers, rollouts.log_dir)
-        self.helpers[job.role] = stack.enter_context(fleet)
+        self._start(stack, job, rollouts.settings.reference_workers, rollouts.log_dir)
+
+    def _start(self, stack: contextlib.ExitStack, job: Job, num_workers: int, log_dir: Path | None) -> None:
+        self._fleets[job.role] = stack.enter_context(WorkerFleet(job, num_workers, log_dir))
 
     @property
     def is_over(self) -> bool:
@@ -375,7 +398,7 @@ class HostSession(Session):
         """
         if self.feeder.error is not None:
             raise self.feeder.error
-        for fleet in self._fleets:
+        for fleet in self._fleets.values():
             fleet.check()
 
     def books(self) -> dict[str, float]:
@@ -394,61 +417,38 @@ class HostSession(Session):
             "rows_dropped": float(dropped),
             "rows_left": float(update.num_open),
             "rows_lost": float(counts.num_put - update.num_committed - dropped - update.num_open),
-            "rollout_idle_share": self.fleet.idle_share(),
+            "rollout_idle_share": self._idle_share("rollout"),
             "exposed_sync_s": self.publisher.exposed_s,
-            "workers_replaced": float(sum(fleet.num_replaced for fleet in self._fleets)),
+            "workers_replaced": float(sum(fleet.num_replaced for fleet in self._fleets.values())),
         }
 
     def metrics(self) -> dict[str, float]:
         """Return numbers to log with each step."""
-        done, task = self.fleet.statistics(), self.host_queue.statistics().tasks
-        num_failed = sum(fleet.statistics().num_failed for fleet in self._fleets)
-        helpers = {f"idle_share/{name}": fleet.idle_share() for name, fleet in self.helpers.items()}
-        waiting = {f"queue/{name}": float(task[name].num_ready) for name in self.helpers}
+        done, task = self.worker_statistics("rollout"), self.host_queue.statistics().tasks
         return {
-            **helpers,
-            **waiting,
-            "idle_share/rollout": self.fleet.idle_share(),
+            **{f"idle_share/{role}": fleet.idle_share() for role, fleet in self._fleets.items()},
+            **{f"queue/{role}": float(task[role].num_ready) for role in self._fleets if role != "rollout"},
             "generated_length": done.num_tokens / max(1, done.num_completions),
             "exposed_sync_s": self.publisher.exposed_s,
             "queue/prompts": float(task["rollout"].num_open),
             "queue/ready": float(task[UPDATE].num_ready),
             "rows/generated": float(done.num_completions),
-            "rows/failed": float(num_failed),
+            "rows/failed": float(sum(self.worker_statistics(role).num_failed for role in self._fleets)),
             "rows/uninformative": float(self.plan.num_uninformative),
             "rollout/version_lag": float(self.plan.gate.version - done.version),
         }
 
     def workers(self) -> list[WorkerRecord]:
         """Return what is known of each worker."""
-        return [record for fleet in self._fleets for record in fleet.records()]
+        return [record for fleet in self._fleets.values() for record in fleet.records()]
 
-    @property
-    def _fleets(self) -> list[WorkerFleet]:
-        return [self.fleet, *self.helpers.values()]
+    def worker_statistics(self, role: str = "rollout") -> WorkerStatistics:
+        """Return the sum of what the workers of a role have done."""
+        return self._fleets[role].statistics() if role in self._fleets else WorkerStatistics()
 
-    def worker_statistics(self) -> WorkerStatistics:
-        """Return the sum of what rollout workers have done."""
-        return self.fleet.statistics()
+    def _idle_share(self, role: str) -> float:
+        return self._fleets[role].idle_share() if role in self._fleets else 0.0
 
     def close(self) -> None:
         """End workers, server and queue."""
         self._resources.close()
-
-
-def _peek(problems: Iterator[Problem]) -> tuple[Problem | None, Iterator[Problem]]:
-    first = next(problems, None)
-
-    def again() -> Iterator[Problem]:
-        if first is not None:
-            yield first
-            yield from problems
-
-    return first, again()
-
-
-def _probe(encode: Callable[[str], Any], problem: Problem | None) -> Tensor:
-    """Return tokens whose log-probs tell one set of weights from another."""
-    tokens = list(encode(problem.prompt)) + list(encode(problem.answer)) if problem is not None else []
-    tokens = tokens or [0]
-    return torch.tensor((tokens * 2)[:256] if len(tokens) > 1 else tokens * 2, dtype=torch.int64)

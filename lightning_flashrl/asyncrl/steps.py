@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning_flashrl.engines.experience import prompt_rows
@@ -29,6 +29,8 @@ from lightning_flashrl.streaming import Candidates, Demand, QueueVerbs, Sampler
 from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import StalenessGate
 
+TakeProblems = Callable[[int], list[Problem]]
+"""Returns at most so many problems; waits for one if more will come, and returns none at the end."""
 UPDATE = "update"
 """The queue's task that trains."""
 CRITIC, CRITIC_UPDATE = "critic", "critic_update"
@@ -289,7 +291,7 @@ class Feeder:
     Args:
         queue: where they go.
         plan: has the gate.
-        problems: what to ask.
+        take: gives problems.
         encode: a prompt's tokens.
         first_group: number of the first group.
         seed: of the random numbers of rollouts.
@@ -303,7 +305,7 @@ class Feeder:
         self,
         queue: QueueVerbs,
         plan: StepPlan,
-        problems: Iterator[Problem],
+        take: TakeProblems,
         encode: Callable[[str], Sequence[int]],
         *,
         first_group: int = 0,
@@ -313,7 +315,7 @@ class Feeder:
         self.num_begun = 0
         self._queue = queue
         self._plan = plan
-        self._problems = problems
+        self._take = take
         self._encode = encode
         self._next_group = first_group
         self._seed = seed
@@ -346,18 +348,14 @@ class Feeder:
             return 0 if self._is_over else plan.room()
 
     def _feed(self, count: int) -> None:
-        problems = []
-        for problem in self._problems:
-            problems.append(problem)
-            if len(problems) == count:
-                break
+        problems = self._take(count)
         tokens = [_encoded(self._encode, problem.prompt) for problem in problems]
         plan = self._plan
         with plan.changed:
             groups = range(self._next_group, self._next_group + len(problems))
             plan.gate.begin(groups)
             version = plan.gate.version
-            plan.has_ended = len(problems) < count
+            plan.has_ended = not problems
         self._next_group += len(problems)
         self.num_begun += len(problems)
         if problems:

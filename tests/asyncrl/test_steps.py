@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ class Run:
             },
         )
         problems = (Problem(str(number), "") for number in range(1000))
-        self.feeder = Feeder(self.queue, self.plan, problems, lambda text: [int(text)])
+        take = lambda count: list(itertools.islice(problems, count))  # noqa: E731
+        self.feeder = Feeder(self.queue, self.plan, take, lambda text: [int(text)])
 
     def prompts(self, count: int) -> list[tuple[Lease, int]]:
         lease = self.queue.lease("rollout", count=count, timeout_s=10)
@@ -176,7 +178,7 @@ def test_leases_without_a_step_are_refused(make: Any) -> None:
 def test_prompts_without_tokens_are_refused() -> None:
     plan = StepPlan(StalenessGate(0, 1), 1, waits_for_all=False)
     with TransferQueue(EXPERIENCE, {UPDATE: Task(FIELDS, StepSampler(plan))}) as queue:
-        feeder = Feeder(queue, plan, iter([Problem("", "")]), lambda text: [])
+        feeder = Feeder(queue, plan, lambda count: [Problem("", "")], lambda text: [])
         while feeder.error is None:
             torch.empty(0)
         feeder.close()

@@ -69,8 +69,7 @@ class Diary(L.Callback):
         session = trainer.datamodule.session()
         if isinstance(session, HostSession):
             self.queue = session.host_queue.statistics()
-            if "reward" in session.helpers:
-                self.num_failed = lambda: session.helpers["reward"].statistics().num_failed
+            self.num_failed = lambda: session.worker_statistics("reward").num_failed
 
 
 def fit(
