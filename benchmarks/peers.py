@@ -74,7 +74,8 @@ class Peer:
 TORCHFT = Peer("torchft", ("torchft==0.2.0",), "import torchft")
 INPROCESS = Peer("nvrx", ("nvidia-resiliency-ext==0.4.1",), "import nvidia_resiliency_ext.inprocess")
 TRANSFER_QUEUE = Peer("transferqueue", ("TransferQueue==0.1.11",), "import transfer_queue")
-PEERS = (TORCHFT, INPROCESS, TRANSFER_QUEUE)
+TRL = Peer("trl", ("trl==1.16.0", "transformers==5.23.0", "datasets", "accelerate"), "import trl; trl.GRPOTrainer")
+PEERS = (TORCHFT, INPROCESS, TRANSFER_QUEUE, TRL)
 
 
 def main() -> None:

@@ -254,8 +254,11 @@ class AsyncRL(L.LightningModule):
     @torch.no_grad()
     def _values(self, rows: ExperienceBatch) -> Tensor:
         """Return the critic's value ``[N, L - 1]`` before each token but the first."""
-        max_tokens = self.data.steps.micro_batch_tokens
-        return torch.cat([self.critic_engine(part.to(self.device)).cpu() for part in rows.split(max_tokens)])
+        values = torch.zeros(rows.loss_mask.shape)
+        for index in rows.passes(self.data.steps.micro_batch_tokens):
+            found = self.critic_engine(rows.select(index).to(self.device))
+            values[index, : found.shape[1]] = found.cpu()
+        return values
 
     def _advantages(self, rows: ExperienceBatch) -> tuple[Tensor, Tensor]:
         """Return advantages ``[N, L - 1]`` or ``[N, 1]``, and a critic's returns of the same shape, 0 without one."""
@@ -268,9 +271,9 @@ class AsyncRL(L.LightningModule):
 
     def _parts(self, rows: ExperienceBatch, numbers: Tensor) -> Iterator[tuple[ExperienceBatch, Tensor]]:
         """Iterate over forward passes: rows, and their part of ``[N, ...]``."""
-        parts = rows.split(self.data.steps.micro_batch_tokens)
-        for part, its_numbers in zip(parts, torch.split(numbers, [len(part) for part in parts]), strict=True):
-            yield part.to(self.device), its_numbers.to(self.device)
+        for index in rows.passes(self.data.steps.micro_batch_tokens):
+            part = rows.select(index)
+            yield part.to(self.device), numbers[index, : part.loss_mask.shape[1]].to(self.device)
 
     def _update(self, session: Session, count: float, value_count: float) -> None:
         """Divide the gradients by what all ranks trained, and apply them."""

@@ -106,7 +106,7 @@ class RolloutEngine(Protocol):
         """Requests that are not finished."""
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        """Take requests; they begin as soon as there is a place for them.
+        """Take requests, all or none; they begin as soon as there is a place for them.
 
         Raises:
             ConfigurationError: a prompt is empty or too long, or its number is in use.

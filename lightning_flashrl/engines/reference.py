@@ -78,11 +78,12 @@ class ReferenceStage:
 
     def __call__(self, lease: Lease) -> Iterator[Result]:
         """Compute a lease's log-probs, a forward pass at a time."""
-        rows = iter(lease.rows)
-        for part in TokenBatch.of(lease.batch).split(self._max_tokens):
+        batch = TokenBatch.of(lease.batch)
+        for index in batch.passes(self._max_tokens):
+            part = batch.select(index)
             columns = part.ragged(self._policy.logprobs(part)).unbind()
-            for logprobs in columns:
-                yield Result(next(rows), {"ref_logprobs": logprobs}, len(logprobs))
+            for row, logprobs in zip(index.tolist(), columns, strict=True):
+                yield Result(lease.rows[row], {"ref_logprobs": logprobs}, len(logprobs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

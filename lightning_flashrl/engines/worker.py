@@ -181,8 +181,7 @@ class RolloutWorker:
         engine = self._engine
         if self._receiver is not None and engine.num_open and self._receiver.should_drain(engine):
             return True
-        while self._held and self._held[0][0] <= engine.version:
-            self._submit(self._held.popleft()[1])
+        self._submit()
         if self._held:
             if not engine.num_open:
                 self._write(at_once=True)
@@ -232,14 +231,23 @@ class RolloutWorker:
         ):
             if row not in under_way:
                 self._held.append((version if self._receiver is not None else 0, Prompt(row, prompt, seed)))
-        while self._held and self._held[0][0] <= self._engine.version:
-            self._submit(self._held.popleft()[1])
+        self._submit()
 
-    def _submit(self, prompt: Prompt) -> None:
-        try:
-            self._engine.submit([prompt])
-        except ConfigurationError:  # this prompt can never be generated
-            self._fail(prompt.request_id)
+    def _submit(self) -> None:
+        """Begin with prompts for which the weights are new enough."""
+        prompts = []
+        while self._held and self._held[0][0] <= self._engine.version:
+            prompts.append(self._held.popleft()[1])
+        if not prompts:
+            return
+        with contextlib.suppress(ConfigurationError):
+            self._engine.submit(prompts)
+            return
+        for prompt in prompts:
+            try:
+                self._engine.submit([prompt])
+            except ConfigurationError:  # this prompt can never be generated
+                self._fail(prompt.request_id)
 
     # ------------------------------------------------------------------ completions
     def _score(self, completion: Completion) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_flashrl.algorithms import clipped_surrogate, group_advantages, mismatch_metrics, reduce_tokens
 from lightning_flashrl.engines import Sampling
 from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
 from lightning_flashrl.engines.rollout import SlotDecoder
-from lightning_flashrl.engines.trainer import CausalLMTrainer, ExperienceBatch
+from lightning_flashrl.engines.trainer import CausalLMTrainer, ExperienceBatch, TokenBatch
+from lightning_flashrl.engines.trainer.batch import cheapest_passes
 from lightning_flashrl.engines.worker import RolloutWorker
 from lightning_flashrl.errors import ConfigurationError, SchemaMismatchError
 from lightning_flashrl.streaming import Batch, TransferQueue
@@ -210,3 +214,41 @@ def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigurationError, match="dtype='fp8'; use one of float32, bfloat16"):
             make()
+
+
+class TestPasses:
+    @given(
+        lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+        max_tokens=st.integers(1, 400),
+    )
+    def test_each_row_is_in_one_pass_and_no_pass_is_larger_than_set(self, lengths: list[int], max_tokens: int) -> None:
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        batch = TokenBatch(mask, mask, mask[:, 1:].bool())
+        passes = batch.passes(max_tokens)
+        assert sorted(torch.cat(passes).tolist()) == list(range(len(lengths)))
+        for index in passes:
+            part = batch.select(index)
+            assert part.tokens.shape[1] == max(lengths[row] for row in index.tolist())
+            assert part.tokens.numel() <= max_tokens or len(part) == 1
+            assert torch.equal(part.attention_mask.sum(dim=1), torch.tensor(lengths)[index])
+
+    @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 5)), min_size=1, max_size=6), st.integers(1, 400))
+    def test_no_other_cut_is_cheaper(self, rows: list[tuple[int, int]], max_tokens: int) -> None:
+        rows = sorted(dict(rows).items())
+        lengths, counts = [length for length, _ in rows], [count for _, count in rows]
+        of_rows = [length for length, count in rows for _ in range(count)]
+
+        def cost_of_run(begin: int, end: int) -> float:
+            num_rows, longest = sum(counts[begin:end]), lengths[end - 1]
+            return num_rows * longest + -(-num_rows // max(1, max_tokens // longest)) * max_tokens / 32
+
+        def least(begin: int) -> float:
+            """Of all ways to cut the lengths from here on into runs."""
+            ends = range(begin + 1, len(rows) + 1)
+            return min((cost_of_run(begin, end) + least(end) for end in ends), default=0.0)
+
+        sizes = cheapest_passes(lengths, counts, max_tokens)
+        ends = list(itertools.accumulate(sizes))
+        assert ends[-1] == len(of_rows)
+        padded = sum(size * of_rows[end - 1] for size, end in zip(sizes, ends, strict=True))
+        assert padded + len(sizes) * max_tokens / 32 <= least(0) + 1e-6

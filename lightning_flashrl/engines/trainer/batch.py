@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from lightning_flashrl.errors import SchemaMismatchError
 from lightning_flashrl.streaming import Batch, Ragged
+
+_PASS_SHARE = 1 / 32
+"""What beginning another forward and backward pass costs, as a share of the largest one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,21 +49,35 @@ class TokenBatch:
         """
         return cls(*_padded(rows["prompt.tokens"], rows["response.tokens"], pad_token_id))
 
-    def split(self, max_tokens: int) -> list[Self]:
-        """Cut into parts of at most so many tokens, padding included; a longer row comes alone. In order.
+    def passes(self, max_tokens: int) -> list[Tensor]:
+        """Sort rows into forward passes, those of about the same length together, so that little is padded.
 
         Args:
-            max_tokens: of each part.
+            max_tokens: of each pass, padding included; a longer row comes alone. A further pass must save a part of
+                these.
+
+        Returns:
+            ``[n]`` int64, the rows of each pass.
         """
-        rows = max(1, max_tokens // self.tokens.shape[1])
-        if rows >= len(self):
-            return [self]
-        num_parts = -(-len(self) // rows)
-        columns = (getattr(self, field.name) for field in fields(self))
-        parts: Iterator[tuple[Any, ...]] = zip(
-            *([None] * num_parts if column is None else column.split(rows) for column in columns), strict=True
-        )
-        return [type(self)(*part) for part in parts]
+        order = self.attention_mask.sum(dim=1).argsort(stable=True)
+        lengths, counts = self.attention_mask.sum(dim=1)[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+        sizes = cheapest_passes(lengths.tolist(), counts.tolist(), max_tokens)
+        return list(order.split(sizes))  # type: ignore[no-untyped-call]
+
+    def select(self, rows: Tensor) -> Self:
+        """Return some rows, padded no further than they need.
+
+        Args:
+            rows: ``[n]`` int64.
+        """
+        length = int(self.attention_mask[rows].sum(dim=1).max())
+
+        def selected(column: Any, name: str) -> Any:
+            if column is None or column.dim() == 1:
+                return None if column is None else column[rows]
+            return column[rows, : length if name in ("tokens", "attention_mask") else length - 1]
+
+        return type(self)(*(selected(getattr(self, field.name), field.name) for field in fields(self)))
 
     def to(self, device: torch.device | str, *_: Any, **options: Any) -> Self:
         """Return the batch on another device."""
@@ -150,6 +168,50 @@ class ExperienceBatch(TokenBatch):
             placed("ref_logprobs", 0.0, torch.float32),
             placed("values", 0.0, torch.float32),
         )
+
+
+def cheapest_passes(lengths: Sequence[int], counts: Sequence[int], max_tokens: int) -> list[int]:
+    """Cut rows that are sorted by length into passes with the least padding and the fewest passes.
+
+    A pass costs the tokens of its rows, padded to its longest, and :data:`_PASS_SHARE` of ``max_tokens``.
+
+    Args:
+        lengths: that occur, from the shortest.
+        counts: rows of each length.
+        max_tokens: of a pass.
+
+    Returns:
+        Rows of each pass.
+
+    >>> cheapest_passes([10, 11, 100], [4, 4, 1], 4096)
+    [8, 1]
+    >>> cheapest_passes([10], [5], 20)
+    [2, 2, 1]
+    """
+    total = [0, *itertools.accumulate(counts)]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first so many lengths, and where their last run begins
+    for end, length in enumerate(lengths, 1):
+        rows_a_pass = max(1, max_tokens // length)
+        best.append(
+            min(
+                (
+                    best[begin][0]
+                    + (total[end] - total[begin]) * length
+                    + -(-(total[end] - total[begin]) // rows_a_pass) * max_tokens * _PASS_SHARE,
+                    begin,
+                )
+                for begin in range(end)
+            )
+        )
+    sizes: list[int] = []
+    end = len(lengths)
+    while end:
+        begin = best[end][1]
+        num_rows, rows_a_pass = total[end] - total[begin], max(1, max_tokens // lengths[end - 1])
+        runs = [rows_a_pass] * (num_rows // rows_a_pass)
+        sizes = [*runs, *([num_rows % rows_a_pass] if num_rows % rows_a_pass else []), *sizes]
+        end = begin
+    return sizes
 
 
 def _padded(prompts: Ragged, answers: Ragged, pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
