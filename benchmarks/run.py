@@ -17,6 +17,8 @@ COMMANDS = {
     "recovery": ["recovery.py"],
     "scale": ["scale.py"],
     "queues": ["queues.py"],
+    "workflows": ["workflows.py"],
+    "grpo": ["grpo.py"],
 }
 """``peers`` makes the environments that the others need, once."""
 

@@ -37,7 +37,7 @@ TASK = DigitSort()
 TOKENIZER = CharacterTokenizer(TASK.alphabet)
 PROMPTS, GROUP_SIZE = 32, 8
 SIMULATED_LENGTH = 200
-SIMULATED_TOKENS_S = 200.0
+SIMULATED_TOKENS_S = 400.0
 """That each of a rollout worker's requests decodes."""
 
 
