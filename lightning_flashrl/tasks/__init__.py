@@ -6,6 +6,7 @@ from lightning_flashrl.tasks.countdown import Countdown
 from lightning_flashrl.tasks.digit_sort import DigitSort
 from lightning_flashrl.tasks.math_verify import MathVerify
 from lightning_flashrl.tasks.reasoning_gym import ReasoningGym
+from lightning_flashrl.tasks.reverse_letters import ReverseLetters
 
 __all__ = [
     "CharacterTokenizer",
@@ -16,5 +17,6 @@ __all__ = [
     "Problems",
     "ProceduralTask",
     "ReasoningGym",
+    "ReverseLetters",
     "RewardFn",
 ]

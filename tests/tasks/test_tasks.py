@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_flashrl.errors import ConfigurationError, SchemaMismatchError
-from lightning_flashrl.tasks import CharacterTokenizer, Countdown, DigitSort, Problems, ProceduralTask
+from lightning_flashrl.tasks import CharacterTokenizer, Countdown, DigitSort, Problems, ProceduralTask, ReverseLetters
 
-TASKS = [DigitSort(), Countdown(), Countdown(num_numbers=4, max_number=99)]
+TASKS = [DigitSort(), ReverseLetters(), Countdown(), Countdown(num_numbers=4, max_number=99)]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
@@ -100,6 +100,7 @@ def test_countdown_computes_what_it_is_given(completion: str, reward: float) -> 
     [
         lambda: DigitSort(0, 3),
         lambda: DigitSort(4, 3),
+        lambda: ReverseLetters(4, 3),
         lambda: Countdown(num_numbers=1),
         lambda: Countdown(max_number=1),
         lambda: CharacterTokenizer(""),
