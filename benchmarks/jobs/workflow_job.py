@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--loss", default="naive", choices=LOSSES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm", type=Path, default=None)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--train-tokens-s", type=float, default=20_000.0, help="of a simulated trainer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def main() -> None:
         TASK,
         workflow=arguments.workflow,
         max_staleness=arguments.max_staleness,
-        steps=StepSettings(prompts=PROMPTS, group_size=GROUP_SIZE, micro_batch_tokens=4096),
+        steps=StepSettings(prompts=PROMPTS, group_size=GROUP_SIZE, micro_batch_tokens=arguments.micro_batch_tokens),
         rollout=RolloutSettings(**rollout, reward_workers=0),  # type: ignore[arg-type]
         seed=arguments.seed,
         **settings,

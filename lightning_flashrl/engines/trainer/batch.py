@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_flashrl.errors import SchemaMismatchError
 from lightning_flashrl.streaming import Batch, Ragged
 
-_PASS_SHARE = 1 / 32
-"""What beginning another forward and backward pass costs, as a share of the largest one."""
+_PASS_TOKENS, _PASS_SHARE = 128, 1 / 32
+"""What beginning another forward and backward pass costs: as much as so many tokens, or a share of the largest one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +173,7 @@ class ExperienceBatch(TokenBatch):
 def cheapest_passes(lengths: Sequence[int], counts: Sequence[int], max_tokens: int) -> list[int]:
     """Cut rows that are sorted by length into passes with the least padding and the fewest passes.
 
-    A pass costs the tokens of its rows, padded to its longest, and :data:`_PASS_SHARE` of ``max_tokens``.
+    A pass costs the tokens of its rows, padded to its longest, and some more (:data:`_PASS_TOKENS`).
 
     Args:
         lengths: that occur, from the shortest.
@@ -188,6 +188,7 @@ def cheapest_passes(lengths: Sequence[int], counts: Sequence[int], max_tokens: i
     >>> cheapest_passes([10], [5], 20)
     [2, 2, 1]
     """
+    pass_tokens = max(_PASS_TOKENS, max_tokens * _PASS_SHARE)
     total = [0, *itertools.accumulate(counts)]
     best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first so many lengths, and where their last run begins
     for end, length in enumerate(lengths, 1):
@@ -197,7 +198,7 @@ def cheapest_passes(lengths: Sequence[int], counts: Sequence[int], max_tokens: i
                 (
                     best[begin][0]
                     + (total[end] - total[begin]) * length
-                    + -(-(total[end] - total[begin]) // rows_a_pass) * max_tokens * _PASS_SHARE,
+                    + -(-(total[end] - total[begin]) // rows_a_pass) * pass_tokens,
                     begin,
                 )
                 for begin in range(end)
