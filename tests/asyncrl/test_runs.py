@@ -70,7 +70,7 @@ class TestWorkflows:
         assert len(set(found.values())) == 1, found
         assert found["sync"] != weights_sha256(dict(rl.make_engine().weights()))
 
-    @pytest.mark.parametrize("workflow", ["async", "sub_step", "in_flight"])
+    @pytest.mark.parametrize("workflow", ["async", pytest.param("sub_step", marks=pytest.mark.slow), "in_flight"])
     def test_rows_are_trained_once_and_within_the_bound(self, workflow: str, tmp_path: Path) -> None:
         rollout = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=4, num_ahead=2, workers=2)
         recorder = RunRecorder(tmp_path)
@@ -80,7 +80,7 @@ class TestWorkflows:
         assert summary["rows_generated"] == 8 * 16
         assert summary["steps"] == 8
 
-    @pytest.mark.parametrize("strategy", ["ddp", "flash_ddp"])
+    @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "flash_ddp"])
     def test_ranks_share_the_rows_of_a_step(self, strategy: str, tmp_path: Path) -> None:
         summary = _run("--strategy", strategy, "--devices", "2", output_dir=tmp_path)
         _check_books(summary, rows=5 * 16, staleness=1)

@@ -176,6 +176,7 @@ def test_the_policy_is_drawn_to_the_reference_which_stays_as_it_is() -> None:
     assert not any("reference" in name for name in module.state_dict())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_remembers_the_reference_that_training_began_with(tmp_path: Path) -> None:
     first = policy()
     began_with = {name: weight.clone() for name, weight in first.weights().items()}

@@ -57,24 +57,24 @@ exit | 2 | | exit rank=1 step=4 phase=optimizer_step |
 holds the GIL | 2 | | gil rank=1 step=4 phase=forward | --hang-timeout 4
 accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
 averaged weights | 3 | --feature ema --feature best --val-every 4 --die 0:8:validation | |
-buffers and frozen weights by hand | 2 | --feature byhand --width 64 | kill rank=1 step=8 phase=backward |
-two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0:5:between | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
-iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
-unfrozen in training | 2 | --feature unfreeze --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=4 phase=backward;kill rank=0 step=8 phase=backward |
-group added in training | 2 | --feature unfreeze --feature addgroup --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=8 phase=backward |
 gradients collected by hand | 2 | --manual --feature single --feature collects | kill rank=1 step=1 phase=forward count=2;kill rank=0 step=2 phase=forward count=3 |
 sparse gradients | 2 | --feature sparse | kill rank=1 step=4 phase=backward |
-loaders of two lengths | 2 | --data combined --batches 10 --epochs 1 | kill rank=1 step=7 phase=backward |
-rich progress bar | 2 | --feature rich --sanity 1 --val-every 3 | kill rank=0 step=7 phase=backward |
 loaders made anew | 2 | --reload 1 --val-every 2 --sanity 1 | kill rank=1 step=8 phase=backward;kill rank=0 step=9 phase=batch_start |
-stateful loader | 2 | --data stateful --workers 2 | kill rank=0 step=3 phase=backward |
 scaler | 2 | --precision 16-mixed --clip 0.5 --die 1:4:before_step | |
-bf16 | 2 | --precision bf16-mixed --die 0:3:optimizer | |
-static graph | 2 | --ddp "{{'static_graph': True, 'bucket_cap_mb': 0.005}}" | kill rank=1 step=4 phase=backward |
 """
 
 SLOW = f"""
+buffers and frozen weights by hand | 2 | --feature byhand --width 64 | kill rank=1 step=8 phase=backward |
+iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
+group added in training | 2 | --feature unfreeze --feature addgroup --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=8 phase=backward |
+loaders of two lengths | 2 | --data combined --batches 10 --epochs 1 | kill rank=1 step=7 phase=backward |
+rich progress bar | 2 | --feature rich --sanity 1 --val-every 3 | kill rank=0 step=7 phase=backward |
+stateful loader | 2 | --data stateful --workers 2 | kill rank=0 step=3 phase=backward |
+bf16 | 2 | --precision bf16-mixed --die 0:3:optimizer | |
+two optimizers | 2 | --manual --ddp "{{'find_unused_parameters': True}}" --die 0:5:between | |
+static graph | 2 | --ddp "{{'static_graph': True, 'bucket_cap_mb': 0.005}}" | kill rank=1 step=4 phase=backward |
+unfrozen in training | 2 | --feature unfreeze --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=4 phase=backward;kill rank=0 step=8 phase=backward |
 loaders made anew every other epoch | 2 | --reload 2 --epochs 4 --batches 4 --workers 2 --feature persist --feature valworkers | kill rank=1 step=14 phase=forward;kill rank=0 step=16 phase=validation count=2 |
 stateful loaders made anew | 2 | --reload 1 --epochs 3 --data stateful --workers 2 | kill rank=1 step=14 phase=backward |
 batch start | 3 | {MANY} | kill rank=1 step=6 phase=batch_start |
