@@ -58,8 +58,9 @@ def main() -> None:
     steps, trl = str(arguments.steps), str(TRL.python)
     cores = os.cpu_count() or 1
     systems: dict[str, Any] = {
-        "async, staleness 1": lambda size: run(sys.executable, "grpo_flash.py", size, steps, "async"),
-        "sync": lambda size: run(sys.executable, "grpo_flash.py", size, steps, "sync"),
+        "async, staleness 4": lambda size: run(sys.executable, "grpo_flash.py", size, steps, "async", "4"),
+        "async, staleness 1": lambda size: run(sys.executable, "grpo_flash.py", size, steps, "async", "1"),
+        "sync": lambda size: run(sys.executable, "grpo_flash.py", size, steps, "sync", "0"),
         "TRL, 1 thread": lambda size: run(trl, "grpo_trl.py", size, steps, "1"),
         f"TRL, {cores} threads": lambda size: run(trl, "grpo_trl.py", size, steps, str(cores), threads=cores),
     }

@@ -1,6 +1,6 @@
 """GRPO with AsyncRL. Prints one JSON object at the end.
 
-python grpo_flash.py short|long STEPS WORKFLOW
+python grpo_flash.py short|long STEPS WORKFLOW MAX_STALENESS
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def reward(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
 
 
 def main() -> None:
-    size, steps, workflow = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    size, steps, workflow, max_staleness = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     num_rows = PROMPTS[size] * GROUP_SIZE
@@ -59,7 +59,7 @@ def main() -> None:
         reward=reward,
         tokenizer=tokenizer,
         workflow=workflow,
-        max_staleness=1,
+        max_staleness=max_staleness,
         steps=StepSettings(prompts=PROMPTS[size], group_size=GROUP_SIZE, micro_batch_tokens=4096),
         rollout=RolloutSettings(
             max_new_tokens=MAX_NEW_TOKENS[size], max_length=MAX_LENGTH, num_slots=128, num_ahead=64, reward_workers=0
