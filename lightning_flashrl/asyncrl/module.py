@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flashrl import clock
@@ -91,6 +92,7 @@ class AsyncRL(L.LightningModule):
         self._make_scheduler = lr_scheduler
         self.register_buffer("_policy_version", torch.zeros((), dtype=torch.int64))
         self.last_step: dict[str, float] | None = None
+        self._has_warned = False
         self._step_began_s = 0.0
         self._last_waited_s = 0.0
 
@@ -131,6 +133,11 @@ class AsyncRL(L.LightningModule):
     def on_fit_start(self) -> None:
         """Check what belongs together before anything begins."""
         data = self.data
+        if data.steps.group_size == 1 and not self.algorithm.uses_critic:
+            raise ConfigurationError(
+                f"steps.group_size=1 with algorithm.advantage={self.algorithm.advantage!r}: a completion alone has "
+                "nothing to be compared with; use 2 or more"
+            )
         if data.rollout.temperature != self.trainer_engine.temperature:
             raise ConfigurationError(
                 f"rollout.temperature={data.rollout.temperature} is not trainer_engine.temperature="
@@ -337,10 +344,19 @@ class AsyncRL(L.LightningModule):
         }
         if isinstance(session, HostSession):
             logged |= session.metrics()
+            self._warn_of_failures(session, int(logged["rows/failed"]))
         self.last_step = logged
         shown = {"reward", "staleness/oldest", "tokens_per_s", "idle_share/trainer", "idle_share/rollout"}
         for name, value in logged.items():
             self.log(name, value, prog_bar=name in shown, batch_size=rows, rank_zero_only=True)
+
+    def _warn_of_failures(self, session: HostSession, num_failed: int) -> None:
+        if num_failed and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{num_failed} completion(s) failed and are left out, as all later ones that fail (rows/failed counts "
+                f"them). {session.last_failure}"
+            )
 
     # ------------------------------------------------------------------ validation
     def validation_step(self, batch: list[Problem], batch_idx: int) -> None:

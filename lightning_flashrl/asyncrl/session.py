@@ -28,8 +28,8 @@ from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
 from lightning_flashrl.engines.process import Job, WorkerFleet, WorkerRecord, WorkerSettings
 from lightning_flashrl.engines.reference import ReferenceSettings
 from lightning_flashrl.engines.reward_task import RewardSettings
-from lightning_flashrl.engines.worker import WorkerStatistics
-from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError, WouldBlock
+from lightning_flashrl.engines.worker import WorkerStatistics, total
+from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError, WorkerFailedError, WouldBlock
 from lightning_flashrl.streaming import (
     Lease,
     QueueVerbs,
@@ -40,6 +40,8 @@ from lightning_flashrl.streaming import (
 from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import StalenessGate, WeightPublisher
 
+_MAX_FAILED = 64
+"""So many rows, and two steps' worth of them, may fail one after the other before a run is given up."""
 _LOOK_S = 0.2
 """How often a rank that waits for rows looks whether everybody is well."""
 
@@ -393,9 +395,12 @@ class HostSession(Session):
         """Say what went wrong with prompts or workers.
 
         Raises:
-            WorkerFailedError: a worker raised an error, or too many died.
+            WorkerFailedError: a worker raised an error, too many died, or nothing that they do succeeds.
             Exception: what the dataset of prompts or the tokenizer raised.
         """
+        num_failed = self.plan.num_failed_in_a_row
+        if num_failed >= max(_MAX_FAILED, 2 * self._steps.rows) and (why := self.last_failure):
+            raise WorkerFailedError("the run", f"gets no completions: the last {num_failed} have all failed. {why}")
         if self.feeder.error is not None:
             raise self.feeder.error
         for fleet in self._fleets.values():
@@ -437,6 +442,11 @@ class HostSession(Session):
             "rows/uninformative": float(self.plan.num_uninformative),
             "rollout/version_lag": float(self.plan.gate.version - done.version),
         }
+
+    @property
+    def last_failure(self) -> str:
+        """Why a row failed; empty if none has."""
+        return total([self.worker_statistics(role) for role in self._fleets]).last_failure
 
     def workers(self) -> list[WorkerRecord]:
         """Return what is known of each worker."""

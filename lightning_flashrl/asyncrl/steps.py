@@ -53,6 +53,7 @@ class StepPlan:
         has_ended: there are no more prompts.
         num_uninformative: rows that were replaced because their group had equal rewards.
         num_failed: rows that were cleared before they were complete.
+        num_failed_in_a_row: those since the last complete one.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class StepPlan:
         self.has_ended = False
         self.num_uninformative = 0
         self.num_failed = 0
+        self.num_failed_in_a_row = 0
 
     @property
     def is_last(self) -> bool:
@@ -151,6 +153,7 @@ class StepSampler(Sampler):
         """Hold rows that are complete, or came back from a lease. Those of no step of this plan are stale."""
         with self._plan.changed:
             known = set(self._plan.gate.open_rows)
+            self._plan.num_failed_in_a_row = 0
             groups, rewards = candidates.tags[_GROUP].tolist(), candidates.tags[_REWARD].tolist()
             for row, group, reward, tokens in zip(
                 candidates.rows.tolist(), groups, rewards, candidates.num_tokens.tolist(), strict=True
@@ -175,6 +178,7 @@ class StepSampler(Sampler):
         with self._plan.changed:
             if self._leads:
                 self._plan.num_failed += len(candidates.rows)
+                self._plan.num_failed_in_a_row += len(candidates.rows)
             for group in candidates.tags[_GROUP].tolist() if _GROUP in candidates.tags else ():
                 self._num_gone[group] = self._num_gone.get(group, 0) + 1
                 if self._num_gone[group] >= self._plan.group_size:

@@ -49,16 +49,16 @@ class RewardStage:
         for index, (row, tokens) in enumerate(zip(lease.rows, lease["response.tokens"].unbind(), strict=True)):
             try:
                 told = told_of(lease, index, self._decode, tokens)
-            except Exception:  # noqa: BLE001 - the user's own tokenizer; the row is counted as failed
-                yield Result(row, None)
+            except Exception as error:  # noqa: BLE001 - the user's own tokenizer; the row is counted as failed
+                yield Result(row, None, why=f"the tokenizer raised {type(error).__name__}: {error}")
                 continue
             future = self._pool.submit(*told)
             try:
                 while not concurrent.futures.wait([future], _LOOK_S).done:
                     yield None
                 yield Result(row, {"reward": future.result()}, len(tokens))
-            except RewardError:
-                yield Result(row, None)
+            except RewardError as error:
+                yield Result(row, None, why=str(error))
             finally:
                 future.cancel()
 

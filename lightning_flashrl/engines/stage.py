@@ -36,11 +36,13 @@ class Result:
         row: its number.
         data: its fields; ``None`` if it failed: then it is counted and cleared.
         num_tokens: tokens that were looked at, for the statistics.
+        why: it failed, if it did.
     """
 
     row: int
     data: Mapping[str, Any] | None
     num_tokens: int = 0
+    why: str = ""
 
 
 class Stage(Protocol):
@@ -154,9 +156,10 @@ class StageWorker:
     def _write(self, batch: _Batch) -> None:
         results, batch.results = batch.results, []
         batch.written_s = clock.now_s()
-        failed = [result.row for result in results if result.data is None]
+        failed = [result for result in results if result.data is None]
         if failed:
-            self._fail(batch.lease, failed)
+            self.statistics.last_failure = failed[-1].why
+            self._fail(batch.lease, [result.row for result in failed])
         self._commit(batch.lease, [result for result in results if result.data is not None])
 
     def _fail(self, lease: Lease, rows: list[int]) -> None:

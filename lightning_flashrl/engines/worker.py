@@ -47,6 +47,7 @@ _PROMPT_FIELDS = (
     "prompt.seed",
     "prompt.min_version",
 )
+_MAX_TEXT = 1000
 _LOOK_S = 0.2
 _WEIGHTS_LOOK_S = 0.001
 _HOLD_S = 0.02
@@ -67,6 +68,7 @@ class WorkerStatistics:
         idle_s: time without anything to generate.
         swap_s: time in weight swaps.
         busy_s: time in the engine.
+        last_failure: why the last of the failed rows failed.
     """
 
     num_completions: int = 0
@@ -78,15 +80,17 @@ class WorkerStatistics:
     idle_s: float = 0.0
     swap_s: float = 0.0
     busy_s: float = 0.0
+    last_failure: str = ""
 
 
 def total(statistics: Iterable[WorkerStatistics]) -> WorkerStatistics:
-    """Return the sum of what workers have done; ``version`` is the oldest."""
+    """Return the sum of what workers have done; ``version`` is the oldest, ``last_failure`` one of them."""
     parts = list(statistics)
     found = WorkerStatistics(version=min((part.version for part in parts), default=0))
     for item in fields(found):
-        if item.name != "version":
+        if item.name not in ("version", "last_failure"):
             setattr(found, item.name, sum(getattr(part, item.name) for part in parts))
+    found.last_failure = next((part.last_failure for part in parts if part.last_failure), "")
     return found
 
 
@@ -246,8 +250,8 @@ class RolloutWorker:
         for prompt in prompts:
             try:
                 self._engine.submit([prompt])
-            except ConfigurationError:  # this prompt can never be generated
-                self._fail(prompt.request_id)
+            except ConfigurationError as error:  # this prompt can never be generated
+                self._fail(prompt.request_id, str(error))
 
     # ------------------------------------------------------------------ completions
     def _score(self, completion: Completion) -> None:
@@ -258,10 +262,11 @@ class RolloutWorker:
         if self._reward is not None:
             try:
                 reward = float(self._reward(*told_of(work.lease, work.indices[row], self._decode, completion.tokens)))
-            except Exception:  # noqa: BLE001 - the user's own functions; the row is counted as failed
-                reward = math.nan
+            except Exception as error:  # noqa: BLE001 - the user's own functions; the row is counted as failed
+                self._fail(row, f"the reward raised {type(error).__name__}: {error}")
+                return
         if not math.isfinite(reward):
-            self._fail(row)
+            self._fail(row, f"the reward is {reward}")
             return
         work.finished[row] = (completion, reward)
         self._num_finished += 1
@@ -307,9 +312,10 @@ class RolloutWorker:
         for row in finished:
             del self._work[row]
 
-    def _fail(self, row: int) -> None:
+    def _fail(self, row: int, why: str) -> None:
         """Forget a row for good; its prompt group goes on without it."""
         work = self._work.pop(row)
+        self.statistics.last_failure = why[:_MAX_TEXT]
         self.statistics.num_failed += 1
         with contextlib.suppress(UnknownRowError):  # cleared meanwhile
             self._queue.clear([row])

@@ -137,11 +137,26 @@ class TestFaults:
                 raise ValueError("no")
             return rl.partly_right(prompt, completion, row)
 
-        _fit(rl.make_data(reward=picky), RunRecorder(tmp_path))
+        with pytest.warns(UserWarning, match=r"failed and are left out.*the reward raised ValueError: no"):
+            _fit(rl.make_data(reward=picky), RunRecorder(tmp_path))
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["rows_dropped"] > 0
         assert summary["rows_lost"] == summary["rows_duplicated"] == 0
         assert summary["steps"] == 4
+
+    @pytest.mark.parametrize("reward_workers", [0, 1])
+    def test_a_run_of_which_every_completion_fails_is_given_up(self, reward_workers: int) -> None:
+        def broken(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+            raise KeyError("units")
+
+        rollout = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, reward_workers=reward_workers)
+        with pytest.raises(WorkerFailedError, match=r"gets no completions: the last \d+ have all failed.*KeyError"):
+            _fit(rl.make_data(reward=broken, rollout=rollout))
+
+    def test_prompts_that_are_all_too_long_are_said(self) -> None:
+        rollout = RolloutSettings(max_new_tokens=6, max_length=7, num_slots=8, reward_workers=0)
+        with pytest.raises(WorkerFailedError, match="with max_length=7 and max_new_tokens=6 it may have 1 to 1"):
+            _fit(rl.make_data(rollout=rollout))
 
     def test_a_killed_worker_is_replaced_and_no_row_is_lost(self, tmp_path: Path) -> None:
         class Killer(L.Callback):
@@ -203,6 +218,8 @@ class TestLightning:
                 rl.make_module(rl.make_engine()),
                 rl.make_data(rollout=RolloutSettings(max_new_tokens=6, max_length=16, temperature=0.5)),
             )
+        with pytest.raises(ConfigurationError, match="group_size=1"):
+            trainer.fit(rl.make_module(rl.make_engine()), rl.make_data(steps=StepSettings(prompts=4, group_size=1)))
         with pytest.raises(ConfigurationError, match="StreamingDataModule"):
             rl.make_trainer(max_steps=1).fit(
                 rl.make_module(rl.make_engine()), L.LightningDataModule.from_datasets([1], [1])
