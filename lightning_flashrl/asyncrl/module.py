@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -131,8 +131,28 @@ class AsyncRL(L.LightningModule):
         return data
 
     def on_fit_start(self) -> None:
-        """Check what belongs together before anything begins."""
-        data = self.data
+        """Check what belongs together before anything begins.
+
+        Raises:
+            ConfigurationError: something does not.
+        """
+        data, trainer = self.data, self.trainer
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ConfigurationError(
+                f"AsyncRL does not run under {type(trainer.strategy).__name__}, whose ranks hold parts of the weights; "
+                "use strategy='ddp' or 'flash_ddp', or one device"
+            )
+        if trainer.precision == "16-mixed":
+            raise ConfigurationError(
+                "precision='16-mixed' scales gradients, which AsyncRL divides and cuts before they are unscaled; use "
+                "'bf16-mixed' or '32-true'"
+            )
+        counts_epochs = trainer.max_steps == -1 and trainer.max_epochs != -1
+        if data.source.is_endless and data.steps_per_epoch is None and counts_epochs:
+            raise ConfigurationError(
+                "the prompts never end and nobody says when an epoch does; give Trainer(max_steps=...) or "
+                "StreamingDataModule(steps_per_epoch=...)"
+            )
         if data.steps.group_size == 1 and not self.algorithm.uses_critic:
             raise ConfigurationError(
                 f"steps.group_size=1 with algorithm.advantage={self.algorithm.advantage!r}: a completion alone has "

@@ -15,6 +15,9 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import Strategy
 
 from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
@@ -197,6 +200,18 @@ class TestFaults:
             time.sleep(0.05)
 
 
+class SingleDeviceLookalike(Strategy):
+    """A strategy of which nobody knows where its weights are."""
+
+    reduce = broadcast = all_gather = lambda self, value, *_, **__: value
+    root_device = torch.device("cpu")
+    is_global_zero = True
+
+    def barrier(self, name: str | None = None) -> None: ...
+
+    def model_to_device(self) -> None: ...
+
+
 class TestLightning:
     def test_a_run_goes_on_from_a_checkpoint(self, tmp_path: Path) -> None:
         path = tmp_path / "last.ckpt"
@@ -218,6 +233,13 @@ class TestLightning:
                 rl.make_module(rl.make_engine()),
                 rl.make_data(rollout=RolloutSettings(max_new_tokens=6, max_length=16, temperature=0.5)),
             )
+        for settings, said in (
+            ({"max_epochs": 1, "max_steps": -1}, "prompts never end"),
+            ({"plugins": MixedPrecision("16-mixed", "cpu")}, "bf16-mixed"),
+            ({"strategy": SingleDeviceLookalike()}, "under SingleDeviceLookalike"),
+        ):
+            with pytest.raises(ConfigurationError, match=said):
+                rl.make_trainer(**{"max_steps": 1, **settings}).fit(rl.make_module(rl.make_engine()), rl.make_data())
         with pytest.raises(ConfigurationError, match="group_size=1"):
             trainer.fit(rl.make_module(rl.make_engine()), rl.make_data(steps=StepSettings(prompts=4, group_size=1)))
         with pytest.raises(ConfigurationError, match="StreamingDataModule"):
