@@ -37,8 +37,8 @@ from lightning_flashrl.streaming.schema import Schema
 
 MAX_TASKS = 62
 _REMEMBERED_ENDS = 4096
-_READY, _COMMITTED, _LEASES, _PLACES = range(4)
-"""What stands in a row's cells: fields written and tasks that committed, as bits; leases; then a place for each field,
+_READY, _COMMITTED, _LEASED, _PLACES = range(4)
+"""What stands in a row's cells, as bits: fields written, tasks that committed, tasks that lease; then a place for each field,
 then a length for each field."""
 
 
@@ -261,9 +261,11 @@ class Ledger:
         cells[:, _READY] |= mask
         self._cells[rows] = cells
         after = cells[:, _READY]
+        taken = cells[:, _COMMITTED] | cells[:, _LEASED]
         for state in self._tasks.values():
+            is_free = (taken & state.bit) == 0  # another lease of the task may have needed fewer fields
             for pool in state.pools:
-                is_new = ((after & pool.mask) == pool.mask) & ((before & pool.mask) != pool.mask)
+                is_new = is_free & ((after & pool.mask) == pool.mask) & ((before & pool.mask) != pool.mask)
                 if is_new.all():
                     self._add(rows, cells, pool)
                 elif is_new.any():
@@ -303,10 +305,9 @@ class Ledger:
         pool = Pool(task, mask, ragged, prototype, copy.deepcopy(prototype))
         state.pools.append(pool)
         rows = self._table.all_rows()
-        leased = [lease.rows for lease in self._leases.values() if lease.task == task]
         cells = self._cells[rows]
-        is_open = ((cells[:, _READY] & mask) == mask) & ((cells[:, _COMMITTED] & state.bit) == 0)
-        chosen = is_open & ~np.isin(rows, np.concatenate(leased) if leased else [])
+        taken = cells[:, _COMMITTED] | cells[:, _LEASED]
+        chosen = ((cells[:, _READY] & mask) == mask) & ((taken & state.bit) == 0)
         if chosen.any():
             self._add(rows[chosen], cells[chosen], pool)
         return pool
@@ -346,7 +347,7 @@ class Ledger:
         lease = LeaseRecord(secrets.randbits(63), pool.task, owner, taken, fields, timeout_s, now_s + timeout_s)
         self._leases[lease.lease_id] = lease
         cells = self._cells[taken]
-        cells[:, _LEASES] += 1
+        cells[:, _LEASED] |= state.bit
         self._cells[taken] = cells
         state.counts.num_leased += len(taken)
         heapq.heappush(self._deadlines, (lease.deadline_s, lease.lease_id))
@@ -484,7 +485,7 @@ class Ledger:
             rows = rows[~is_held]
         self._tasks[lease.task].counts.num_leased -= len(rows)
         cells: npt.NDArray[np.int64] = self._cells[rows]
-        cells[:, _LEASES] -= 1
+        cells[:, _LEASED] &= ~self._tasks[lease.task].bit
         return rows, cells
 
     def _commit_rows(self, state: _TaskState, rows: Rows, cells: npt.NDArray[np.int64]) -> None:
@@ -512,7 +513,7 @@ class Ledger:
         if rows is None:
             rows = self._table.all_rows()
         cells = self._check_rows(rows, 0)
-        if cells[:, _LEASES].any():
+        if cells[:, _LEASED].any():
             for lease in self._leases.values():
                 self._tasks[lease.task].counts.num_leased -= int(np.isin(lease.rows, rows).sum())
         for state in self._tasks.values():
@@ -551,10 +552,10 @@ class Ledger:
         places = cells[:, _PLACES : _PLACES + num_fields]
         sizes = cells[:, _PLACES + num_fields :] * self._entry_bytes * has
         self.num_bytes -= int(sizes.sum())
-        is_leased = cells[:, _LEASES] > 0
+        is_leased = cells[:, _LEASED] != 0
         if is_leased.any():
             for index in np.flatnonzero(is_leased).tolist():
-                self._held[int(rows[index])] = (int(cells[index, _LEASES]), places[index], sizes[index])
+                self._held[int(rows[index])] = (int(cells[index, _LEASED]).bit_count(), places[index], sizes[index])
             places, sizes = places[~is_leased], sizes[~is_leased]
         self._freed.append((places.ravel(), sizes.ravel()))
         self._table.remove(rows)

@@ -69,11 +69,15 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.put([column], np.array(rows))
             self._note(rows, column)
 
-    @rule(task=st.sampled_from(sorted(TASKS)), count=st.integers(1, 4), partial=st.booleans())
-    def lease(self, task: str, count: int, partial: bool) -> None:
+    @rule(
+        task=st.sampled_from(sorted(TASKS)),
+        fields=st.sampled_from([("a",), ("b",), ("a", "b")]),  # also others than the task's own
+        count=st.integers(1, 4),
+        partial=st.booleans(),
+    )
+    def lease(self, task: str, fields: tuple[str, ...], count: int, partial: bool) -> None:
         self._expire()
-        ready = self._ready(task)
-        fields = self.TASKS[task]
+        ready = self._ready(task, fields)
         pool = self.ledger.pool(task, fields)
         open_rows = set(self.written) - self.committed[task]
         try:
@@ -149,10 +153,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.expire(self.now_s)
         self.leases = {key: lease for key, lease in self.leases.items() if lease[2] > self.now_s}
 
-    def _ready(self, task: str) -> set[int]:
+    def _ready(self, task: str, fields: tuple[str, ...]) -> set[int]:
         leased = set().union(*(rows for name, rows, _ in self.leases.values() if name == task))
-        fields = set(self.TASKS[task])
-        return {row for row, names in self.written.items() if names >= fields} - leased - self.committed[task]
+        return {row for row, names in self.written.items() if names >= set(fields)} - leased - self.committed[task]
 
     @invariant()
     def the_accounts_agree(self) -> None:

@@ -307,6 +307,23 @@ class TestLeases:
             large.result()
         assert len(small.result()) == 2
 
+    @pytest.mark.parametrize("how", ["leased", "committed", "given back"])
+    def test_a_row_is_taken_once_whatever_fields_its_leases_ask_for(self, open_queue: OpenQueue, how: str) -> None:
+        queue = open_queue({"x": Field(int), "y": Field(int)}, {"one": ["x"], "other": ["x", "y"]})
+        with pytest.raises(WouldBlock):
+            queue.lease_nowait("one", ["x", "y"], count=1)  # from now on the task wants both, too
+        queue.put({"x": [1, 2]})
+        lease = queue.lease("one", ["x"], count=2)
+        if how == "committed":
+            queue.commit(lease)
+        queue.put({"y": [3, 4]}, rows=lease.rows)
+        if how == "given back":
+            queue.release(lease)
+            assert queue.lease_nowait("one", ["x", "y"], count=2).rows == lease.rows
+            return
+        with pytest.raises(WouldBlock):
+            queue.lease_nowait("one", ["x", "y"], count=1)
+
 
 class TestSamplers:
     def test_prompt_groups_come_whole(self, open_queue: OpenQueue) -> None:
