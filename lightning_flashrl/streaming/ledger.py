@@ -38,8 +38,8 @@ from lightning_flashrl.streaming.schema import Schema
 MAX_TASKS = 62
 _REMEMBERED_ENDS = 4096
 _READY, _COMMITTED, _LEASED, _PLACES = range(4)
-"""What stands in a row's cells, as bits: fields written, tasks that committed, tasks that lease; then a place for each field,
-then a length for each field."""
+"""What stands in a row's cells, as bits: fields written, tasks that committed, tasks that lease; then a place
+for each field, then a length for each field."""
 
 
 @dataclass(frozen=True, slots=True)
