@@ -89,6 +89,8 @@ class LeaseRecord:
         fields: what the consumer reads.
         timeout_s: how long each renewal lasts.
         deadline_s: when the rows go back.
+        done: rows that were committed before the others, and pools whose samplers hear of that if the others go back: their
+            groups are complete without them.
     """
 
     lease_id: int
@@ -98,6 +100,7 @@ class LeaseRecord:
     fields: tuple[str, ...]
     timeout_s: float
     deadline_s: float
+    done: list[tuple[Pool, Candidates]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -403,6 +406,10 @@ class Ledger:
         rows, cells = self._end(lease, "was committed before", rows)
         state = self._tasks[lease.task]
         state.counts.num_committed += len(rows)
+        if lease.lease_id in self._leases:  # it goes on with the others
+            lease.done += [
+                (pool, part) for pool in state.pools if pool.sampler.tags for part in self._known(rows, cells, pool)
+            ]
         self._commit_rows(state, rows, cells)
         if self.is_closed:  # perhaps the task's last: then its other consumers are told the end
             self._filled.update(dict.fromkeys(state.pools))
@@ -455,6 +462,9 @@ class Ledger:
         self._cells[rows] = cells
         state = self._tasks[lease.task]
         state.counts.num_redelivered += len(rows)
+        done, lease.done = lease.done, []
+        for pool, part in done:
+            pool.feed(functools.partial(pool.sampler.drop, part))
         for pool in state.pools:
             is_ready = (cells[:, _READY] & pool.mask) == pool.mask
             if is_ready.any():

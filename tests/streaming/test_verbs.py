@@ -634,6 +634,22 @@ WORD_TASKS = {"rollout": ["prompt"], "reward": ["prompt", "response"]}
 
 
 class TestPartsOfALease:
+    @pytest.mark.parametrize("how", ["release", "expiry"])
+    def test_the_rest_of_a_group_does_not_wait_for_rows_that_are_done(self, open_queue: OpenQueue, how: str) -> None:
+        groups = Task(["x"], PromptGroups(3))
+        queue = open_queue({"x": Field(int), "group_id": Field(int)}, {"t": groups, "other": ["x"]})
+        rows = queue.put({"x": [1, 2, 3, 4, 5, 6], "group_id": [5, 5, 5, 6, 6, 6]})
+        lease = queue.lease("t", count=6, lease_timeout_s=None if how == "release" else 0.3)
+        queue.commit(lease, rows=rows[:2])
+        if how == "release":
+            queue.release(lease, rows=rows[2:3])
+            assert queue.lease("t", count=3, allow_partial=True, timeout_s=10).rows == rows[2:3]
+            queue.release(lease)
+            assert queue.lease("t", count=3, timeout_s=10).rows == rows[3:]
+        else:
+            again = queue.lease("t", count=6, allow_partial=True, timeout_s=10).rows
+            assert set(again) == set(rows[2:])
+
     def test_some_rows_are_committed_and_the_lease_goes_on(self, open_queue: OpenQueue) -> None:
         queue = open_queue(WORDS, WORD_TASKS)
         rows = queue.put({"prompt": [[1], [2], [3], [4]]})
