@@ -89,8 +89,8 @@ class LeaseRecord:
         fields: what the consumer reads.
         timeout_s: how long each renewal lasts.
         deadline_s: when the rows go back.
-        done: rows that were committed before the others, and pools whose samplers hear of that if the others go back: their
-            groups are complete without them.
+        done: rows that were committed before the others, and pools whose samplers hear of that if the others go back:
+            their groups are complete without them.
     """
 
     lease_id: int
