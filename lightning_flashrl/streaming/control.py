@@ -259,7 +259,7 @@ class Control:
                 for pool in pools:
                     line = self._lines.get(pool)
                     if line is not None:
-                        line.serve()
+                        self._serve(pool, line)
         finally:
             self._is_settling = False
 
@@ -358,8 +358,13 @@ class Control:
             line = self._lines.setdefault(pool, _Line())
             line.tickets.append(ticket)
             self.ledger.expire(self._now_s())
-            line.serve()
+            self._serve(pool, line)
             return ticket
+
+    def _serve(self, pool: Pool, line: _Line) -> None:
+        line.serve()
+        if not line.tickets:
+            self._lines.pop(pool, None)
 
     def _pool(self, request: LeaseRequest) -> Pool:
         sampler = request.sampler

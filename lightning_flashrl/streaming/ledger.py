@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import heapq
 import secrets
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +135,7 @@ class Pool:
         task: whose.
         mask: the fields.
         token_fields: those whose lengths are tokens.
-        prototype: what the caller gave.
+        prototype: what the caller gave; the pool goes with it.
         sampler: a copy of it, which holds the rows.
         failure: what the sampler raised. It concerns who reads the pool, not who happened to write a row.
     """
@@ -142,7 +143,7 @@ class Pool:
     task: str
     mask: int
     token_fields: tuple[str, ...]
-    prototype: Sampler
+    prototype: weakref.ref[Sampler]
     sampler: Sampler
     failure: Exception | None = None
 
@@ -301,11 +302,13 @@ class Ledger:
         prototype = sampler or state.sampler
         mask = self.schema.bits((*names, *self._checked_tags(prototype)))
         for pool in state.pools:
-            if pool.mask == mask and pool.prototype is prototype:
+            if pool.mask == mask and pool.prototype() is prototype:
                 return pool
         counted = tuple(name for name in state.token_fields if name in names) or names
         ragged = tuple(name for name in counted if self.schema[name].is_ragged and not self.schema[name].is_python)
-        pool = Pool(task, mask, ragged, prototype, copy.deepcopy(prototype))
+        pool = Pool(task, mask, ragged, weakref.ref(prototype), copy.deepcopy(prototype))
+        # The first is the task's own; others go with the samplers that leases brought along.
+        state.pools = [other for other in state.pools if other.prototype() is not None]
         state.pools.append(pool)
         rows = self._table.all_rows()
         cells = self._cells[rows]

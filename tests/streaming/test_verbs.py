@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
@@ -34,6 +35,7 @@ from lightning_flashrl.streaming import (
     StalenessAware,
     Task,
     TokenBalanced,
+    TransferQueue,
 )
 from tests.streaming.conftest import OpenQueue
 
@@ -382,6 +384,20 @@ class TestSamplers:
         with pytest.raises(ConfigurationError, match=r"Broken of task 'bad' raised ZeroDivisionError\('no order'\)"):
             waiting.result()
         assert queue.lease("good", count=1)["x"] == [1]
+
+
+def test_samplers_that_leases_bring_along_go_with_them() -> None:
+    class Mine(Sampler):
+        pass
+
+    with TransferQueue(NUMBERS, ["t"]) as queue:
+        queue.put({"x": list(range(30))})
+        seen = [queue.lease("t", count=1, sampler=Mine()).rows[0] for _ in range(30)]
+        assert seen == list(range(30))
+        with pytest.raises(WouldBlock):
+            queue.lease_nowait("t", count=1, sampler=Mine())
+        gc.collect()
+        assert sum(type(thing) is Mine for thing in gc.get_objects()) <= 2
 
 
 class TestEnd:
