@@ -46,6 +46,8 @@ from lightning_flashrl.streaming.unit import UnitProcess, UnitSpec
 
 DEFAULT_LEASE_TIMEOUT_S = 300.0
 _LOCAL = "local"
+_TICK_S = 0.5
+"""How often a thread that waits looks whether leases have run out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -507,8 +509,9 @@ class TransferQueue(QueueVerbs):
             now_s = clock.now_s()
             if deadline_s is not None and now_s >= deadline_s:
                 return
-            ends = [end for end in (deadline_s, self.control.tick()) if end is not None]
-            event.wait(None if not ends else max(0.0, min(ends) - now_s) + 0.0005)
+            # A lease that is given meanwhile may run out before those that are known now: look again soon.
+            ends = [now_s + _TICK_S, *(end for end in (deadline_s, self.control.tick()) if end is not None)]
+            event.wait(max(0.0, min(ends) - now_s) + 0.0005)
 
     def _commit(self, lease_id: int, task: str, rows: Rows | None) -> None:
         self.control.commit(lease_id, task, _LOCAL, rows)

@@ -326,6 +326,15 @@ class TestLeases:
         with pytest.raises(WouldBlock):
             queue.lease_nowait("one", ["x", "y"], count=1)
 
+    def test_who_waits_gets_rows_of_leases_that_were_given_meanwhile_and_ran_out(self, open_queue: OpenQueue) -> None:
+        queue = open_queue(NUMBERS, ["t"])
+        waiting = InThread(lambda: queue.lease("t", count=2).rows)
+        assert waiting.is_waiting()
+        rows = queue.put({"x": [1]})
+        queue.lease("t", count=1, replica_rank=1, lease_timeout_s=0.2)
+        rows += queue.put({"x": [2]})
+        assert waiting.result() == rows
+
 
 class TestSamplers:
     def test_prompt_groups_come_whole(self, open_queue: OpenQueue) -> None:
