@@ -90,7 +90,7 @@ def main() -> None:
     with service:
         engine = functools.partial(make_engine, CONFIG, Sampling(max_new_tokens=4, eos_token_id=TOKENIZER.eos_token_id))
         service.init_engines(model.state_dict(), score, engine, probe=range(len(TOKENIZER)))
-        service.put_prompts_data(TASK.problem(number) for number in range(16 * steps))
+        service.put_prompts_data((TASK.problem(number) for number in range(16 * steps)), is_last=True)
         for step in range(steps):
             found: list[float] = []
             while (rows := service.get_experience_data()) is not None:

@@ -111,6 +111,11 @@ class PolicyOptimization:
                 f"algorithm.overlong_buffer={self.overlong_buffer} of overlong_length={self.overlong_length}; use 1 to "
                 "overlong_length"
             )
+        if self.correction in ("truncated", "icepop") and not self.is_decoupled:
+            raise ConfigurationError(
+                f"algorithm.correction={self.correction!r} weighs by the ratio of policy and rollout, which is in the "
+                "surrogate already unless is_decoupled; set is_decoupled=True, or take 'sequence_mask' or 'none'"
+            )
         if not 0 <= self.correction_low < self.correction_high:
             raise ConfigurationError(
                 f"algorithm.correction_low={self.correction_low}, correction_high={self.correction_high}; use "
@@ -225,7 +230,9 @@ class PolicyOptimization:
         if self.uses_reference:
             if ref_logprobs is None:
                 raise ConfigurationError("algorithm.kl_coefficient is set, but the rows have no ref_logprobs")
-            losses = losses + self.kl_coefficient * kl_estimate(policy_logprobs, ref_logprobs, self.kl_estimator)
+            # Outside the mask the two need not be near each other, and an overflow there has a gradient of NaN.
+            policy, reference = (torch.where(loss_mask, part, 0.0) for part in (policy_logprobs, ref_logprobs))
+            losses = losses + self.kl_coefficient * kl_estimate(policy, reference, self.kl_estimator)
         return losses
 
     def _correct(self, policy_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
 
-from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem
+from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.engines import RolloutEngine, Sampling, TrainerEngine
-from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.engines.rewards import RewardPool
+from lightning_flashrl.errors import ConfigurationError, RewardError
 from lightning_flashrl.tasks import CharacterTokenizer, Problem, Problems, ProceduralTask, RewardFn
 
 
@@ -132,9 +132,7 @@ class StreamingDataModule(L.LightningDataModule):
         self.tokenizer: Any = _given(
             tokenizer, None if task is None else CharacterTokenizer(task.alphabet), "tokenizer"
         )
-        self.decode: Any = self.tokenizer.decode
-        if isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            self.decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
+        self.decode: Any = text_of(self.tokenizer)
         self.source = PromptSource(_given(prompts, task, "prompts"), seed=seed)
         self.validation = validation
         if validation is None and task is not None:
@@ -145,6 +143,7 @@ class StreamingDataModule(L.LightningDataModule):
         self._steps_per_epoch = steps_per_epoch
         self._lease_timeout_s = lease_timeout_s
         self._session: Session | None = None
+        self._pool: RewardPool | None = None  # of validation
         self._first_group = 0
 
     # ------------------------------------------------------------------ loaders
@@ -186,6 +185,44 @@ class StreamingDataModule(L.LightningDataModule):
             eos_token_id=sampling.eos_token_id,
             pad_token_id=sampling.pad_token_id,
         )
+
+    def score(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[float | RewardError]:
+        """Score answers outside the stream, as in validation, where rewards are computed: here, or in workers.
+
+        Args:
+            problems: what was asked.
+            answers: what was answered, ``None`` for nothing, which is worth 0.
+
+        Returns:
+            Each answer's reward, or why it has none.
+        """
+        told = [
+            (problem.prompt, answer, {"answer": problem.answer, **problem.data})
+            for problem, answer in zip(problems, answers, strict=True)
+            if answer is not None
+        ]
+        rewards = iter(self._in_workers(told) if self._num_reward_workers else [self._reward_of(*one) for one in told])
+        return [0.0 if answer is None else next(rewards) for answer in answers]
+
+    def _reward_of(self, prompt: str, completion: str, row: dict[str, Any]) -> float | RewardError:
+        try:
+            reward = float(self.reward(prompt, completion, row))
+        except Exception as error:  # noqa: BLE001 - the user's own function: it costs its row
+            return RewardError("raised", row, f"{type(error).__name__}: {error}")
+        return reward if math.isfinite(reward) else RewardError("no number", row, f"it is {reward}")
+
+    def _in_workers(self, told: Sequence[tuple[str, str, dict[str, Any]]]) -> list[float | RewardError]:
+        if self._pool is None:
+            timeout_s = self.rollout.reward_timeout_s
+            self._pool = RewardPool(self.reward, num_workers=self._num_reward_workers, timeout_s=timeout_s)
+        futures = [self._pool.submit(*one) for one in told]
+        rewards: list[float | RewardError] = []
+        for future in futures:
+            try:
+                rewards.append(future.result())
+            except RewardError as error:
+                rewards.append(error)
+        return rewards
 
     def stages(self, *, has_reference: bool, has_critic: bool) -> Stages:
         """Return the tasks of a run.
@@ -292,12 +329,18 @@ class StreamingDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """End what is still running."""
-        self.close_session()
+        self._close()
 
     def on_exception(self, exception: BaseException) -> None:
         """End what is still running."""
         with contextlib.suppress(Exception):
-            self.close_session()
+            self._close()
+
+    def _close(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+        self.close_session()
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the prompts were gone through."""

@@ -27,7 +27,7 @@ from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import CRITIC, CRITIC_UPDATE
 from lightning_flashrl.engines import CriticEngine, Prompt, TrainerEngine
 from lightning_flashrl.engines.trainer import ExperienceBatch
-from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.errors import ConfigurationError, RewardError
 from lightning_flashrl.tasks import Problem
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -93,6 +93,7 @@ class AsyncRL(L.LightningModule):
         self.register_buffer("_policy_version", torch.zeros((), dtype=torch.int64))
         self.last_step: dict[str, float] | None = None
         self._has_warned = False
+        self._has_warned_of_validation = False
         self._step_began_s = 0.0
         self._last_waited_s = 0.0
 
@@ -158,6 +159,12 @@ class AsyncRL(L.LightningModule):
                 f"steps.group_size=1 with algorithm.advantage={self.algorithm.advantage!r}: a completion alone has "
                 "nothing to be compared with; use 2 or more"
             )
+        [reference] = self._reference
+        if reference is not None and reference.temperature != self.trainer_engine.temperature:
+            raise ConfigurationError(
+                f"reference_engine.temperature={reference.temperature} is not trainer_engine.temperature="
+                f"{self.trainer_engine.temperature}; make them equal, else their distance is not 0 for equal weights"
+            )
         if data.rollout.temperature != self.trainer_engine.temperature:
             raise ConfigurationError(
                 f"rollout.temperature={data.rollout.temperature} is not trainer_engine.temperature="
@@ -221,9 +228,16 @@ class AsyncRL(L.LightningModule):
             limits.append(num_epochs * int(trainer.num_training_batches))
         return max(0, min(limits)) * self.data.steps.prompts if limits else None
 
+    def on_train_epoch_end(self) -> None:
+        """Wait until every rank has said that its rows are trained: the books are right then, and the queue may go."""
+        self.trainer.strategy.barrier("flashrl-epoch")
+
     def on_train_end(self) -> None:
         """End rollouts."""
+        session = self.data.current_session
         self.data.close_session()
+        if isinstance(session, HostSession):  # workers have told the last that they know
+            self._warn_of_failures(session)
 
     # ------------------------------------------------------------------ a step
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
@@ -240,7 +254,8 @@ class AsyncRL(L.LightningModule):
                 else:
                     self._backward(rows, metrics, version)
         found = self._gathered(metrics)
-        if not found["rows"]:  # no more prompts
+        if not found["rows"]:  # no more prompts: all ranks hear of it here, only rank 0 elsewhere
+            self.trainer.should_stop = True
             return
         self._update(session, found["count"], found.pop("value_count"))
         session.step_done(self.trainer_engine.weights(), self.policy_version)
@@ -364,13 +379,14 @@ class AsyncRL(L.LightningModule):
         }
         if isinstance(session, HostSession):
             logged |= session.metrics()
-            self._warn_of_failures(session, int(logged["rows/failed"]))
+            self._warn_of_failures(session)
         self.last_step = logged
         shown = {"reward", "staleness/oldest", "tokens_per_s", "idle_share/trainer", "idle_share/rollout"}
         for name, value in logged.items():
             self.log(name, value, prog_bar=name in shown, batch_size=rows, rank_zero_only=True)
 
-    def _warn_of_failures(self, session: HostSession, num_failed: int) -> None:
+    def _warn_of_failures(self, session: HostSession) -> None:
+        num_failed = session.num_failed
         if num_failed and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
@@ -397,20 +413,27 @@ class AsyncRL(L.LightningModule):
         engine = self.trainer_engine.rollout_engine(
             data.sampling(is_greedy=is_greedy), num_slots=64, max_length=data.rollout.max_length
         )
-        engine.submit(
-            [
-                Prompt(number, torch.tensor(list(data.tokenizer.encode(problem.prompt))), seed=number)
-                for number, problem in enumerate(problems)
-            ]
-        )
-        rewards = [0.0] * len(problems)
+        answers: list[str | None] = [None] * len(problems)
+        for number, problem in enumerate(problems):
+            tokens = torch.tensor(list(data.tokenizer.encode(problem.prompt)), dtype=torch.int64)
+            try:
+                engine.submit([Prompt(number, tokens, seed=number)])
+            except ConfigurationError as error:  # an answer is wrong that cannot be given
+                self._warn_of_validation(f"a held-out prompt cannot be answered: {error}")
         while engine.num_open:
             for completion in engine.step():
-                problem = problems[completion.request_id]
-                text = data.decode(completion.tokens.tolist())
-                told = {"answer": problem.answer, **problem.data}
-                rewards[completion.request_id] = float(data.reward(problem.prompt, text, told))
+                answers[completion.request_id] = data.decode(completion.tokens.tolist())
+        rewards = []
+        for reward in data.score(problems, answers):
+            if isinstance(reward, RewardError):
+                self._warn_of_validation(str(reward))
+            rewards.append(0.0 if isinstance(reward, RewardError) else reward)
         return rewards
+
+    def _warn_of_validation(self, why: str) -> None:
+        if not self._has_warned_of_validation:
+            self._has_warned_of_validation = True
+            rank_zero_warn(f"it counts 0 in validation, as all others of its kind: {why}")
 
 
 def _trained(engine: Any) -> list[nn.Parameter]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lightning_flashrl.errors import ConfigurationError, QueueClosedError, SchemaMismatchError
 from lightning_flashrl.tasks import Problem, ProceduralTask
@@ -102,7 +104,7 @@ class PromptSource:
             number, first = divmod(index, size)
             order = list(range(size))
             if self._shuffle:
-                draw = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+                draw = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % (1 << 32))
                 order = torch.randperm(size, generator=draw).tolist()
             for position in order[first:]:
                 yield as_problem(self._prompts[position])
@@ -158,6 +160,13 @@ class Backlog:
         with self._changed:
             self._problems.clear()
             self.close()
+
+
+def text_of(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """Return what turns a completion's tokens into the text that rewards see: without special tokens."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return functools.partial(tokenizer.decode, skip_special_tokens=True)
+    return tokenizer.decode
 
 
 def as_problem(item: Any) -> Problem:

@@ -15,6 +15,7 @@ Source: the names are those of AsyncFlow, arXiv 2507.01663, section 5, which pub
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_flashrl import clock
-from lightning_flashrl.asyncrl.prompts import Backlog, Tokenizer, as_problem
+from lightning_flashrl.asyncrl.prompts import Backlog, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
@@ -38,6 +39,8 @@ from lightning_flashrl.weights import WeightsAddress
 
 _LOOK_S = 0.2
 """How often who waits for rows looks whether everybody is well."""
+_LONG_S = 5.0
+"""After so long, whoever waits for prompts that nobody has put is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,14 @@ class ServiceAddress:
         weights: of the newest weights, for :class:`~lightning_flashrl.weights.WeightReceiver`.
         steps: what a step is.
         stages: the tasks.
+        version: policy version when the address was asked for.
     """
 
     session: SessionAddress
     weights: WeightsAddress
     steps: StepSettings
     stages: Stages
+    version: int
 
 
 class _Verbs:
@@ -91,21 +96,29 @@ class _Verbs:
             ConfigurationError: a task that there is not, or no count where one is needed.
             WouldBlock: nothing was ready in time.
             WorkerFailedError: a worker raised an error, or too many died.
+
+        Warns:
+            UserWarning: it has waited for long, and there are no more prompts under way than have been waited for.
         """
         session = self._open()
         if task in session.stages.trained and count is not None:
             raise ConfigurationError(f"task {task!r} hands out micro-batches of a step; leave count={count} out")
         if task not in session.stages.trained and count is None:
             raise ConfigurationError(f"task {task!r} is asked for a number of rows; give count=...")
-        deadline_s = math.inf if timeout_s is None else clock.now_s() + timeout_s
+        begin_s = clock.now_s()
+        deadline_s = math.inf if timeout_s is None else begin_s + timeout_s
         while True:
             wait_s = max(0.0, min(_LOOK_S, deadline_s - clock.now_s()))
             try:
                 return session.take(task, self._version, count, timeout_s=wait_s)
             except WouldBlock:
                 session.check()
+                self._check_prompts(clock.now_s() - begin_s)
                 if clock.now_s() >= deadline_s:
                     raise
+
+    def _check_prompts(self, waited_s: float) -> None:
+        """Say what whoever waits may have forgotten."""
 
     def put_experience_data(self, lease: Lease, data: Mapping[str, Any]) -> None:
         """Write what was computed of leased rows, and be done with them.
@@ -139,7 +152,7 @@ class RLClient(_Verbs):
     """The service's verbs in another process: a data-parallel rank of the trainer, or one that writes fields.
 
     Args:
-        address: of the service.
+        address: of the service, as :attr:`RLService.address` is now.
         replica_rank: which data-parallel replica this is.
 
     Raises:
@@ -149,6 +162,7 @@ class RLClient(_Verbs):
     def __init__(self, address: ServiceAddress, replica_rank: int = 0) -> None:
         super().__init__()
         self.address = address
+        self._version = address.version
         self._session = RankSession(address.session, address.steps, replica_rank, address.stages)
 
     def weight_sync_notify(self, version: int) -> None:
@@ -208,6 +222,7 @@ class RLService(_Verbs):
         self._lease_timeout_s = lease_timeout_s
         self._backlog = Backlog()
         self._weights: Mapping[str, Tensor] = {}
+        self._has_warned = False
 
     @property
     def session(self) -> HostSession:
@@ -276,7 +291,7 @@ class RLService(_Verbs):
                 reward=self._reward,
                 num_reward_workers=num_reward_workers,
                 encode=self._tokenizer.encode,
-                decode=self._tokenizer.decode,
+                decode=text_of(self._tokenizer),
                 take=self._backlog.take,
                 probe=torch.as_tensor(probe, dtype=torch.int64),
                 first_group=0,
@@ -286,7 +301,19 @@ class RLService(_Verbs):
             ),
         )
         self._session = session
-        return ServiceAddress(session.address, session.publisher.address, self.steps, stages)
+        return self.address
+
+    @property
+    def address(self) -> ServiceAddress:
+        """How other processes reach the service.
+
+        Raises:
+            ConfigurationError: it has no engines yet.
+        """
+        session = self.session
+        return ServiceAddress(
+            session.address, session.publisher.address, self.steps, session.stages, version=self._version
+        )
 
     def put_prompts_data(self, prompts: Iterable[Any], *, is_last: bool = False) -> int:
         """Give prompts. They begin, ``group_size`` completions each, as the staleness bound has room for them.
@@ -316,13 +343,36 @@ class RLService(_Verbs):
 
         Returns:
             Their version.
+
+        Raises:
+            ConfigurationError: the step has rows that nobody has taken.
         """
         session = self.session
+        for task in session.stages.trained:
+            if not session.is_step_over(task, self._version):
+                raise ConfigurationError(
+                    f"the step that starts from version {self._version} has more rows for task {task!r}; call "
+                    "get_experience_data until it returns None, then weight_sync_notify"
+                )
         self._version += 1
         session.step_done(self._weights, self._version)
         if waits:
             session.before_update()
         return self._version
+
+    def _check_prompts(self, waited_s: float) -> None:
+        if self._has_warned or waited_s < _LONG_S or len(self._backlog):
+            return
+        plan = self.session.plan
+        with plan.changed:
+            num_begun, is_short = plan.gate.num_open, plan.room() > 0
+        if is_short and num_begun < self.steps.prompts:
+            self._has_warned = True
+            warnings.warn(
+                f"a step of {self.steps.prompts} prompts waits, and there are {num_begun}; put_prompts_data(...) gives "
+                "more, and put_prompts_data([], is_last=True) says that there are none",
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """End workers and queue."""

@@ -13,6 +13,7 @@ rank 0                 the copy of the weights, before an update   the publisher
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from lightning_flashrl.weights import StalenessGate, WeightPublisher
 
 _MAX_FAILED = 64
 """So many rows, and two steps' worth of them, may fail one after the other before a run is given up."""
+_MANY_UNINFORMATIVE, _MAX_UNINFORMATIVE = 4, 64
+"""So many steps' worth of rows without anything to learn from are warned of, and given up."""
 _LOOK_S = 0.2
 """How often a rank that waits for rows looks whether everybody is well."""
 
@@ -125,6 +128,7 @@ class Session:
         while tasks:
             lease = self._next(tasks, version)
             if lease is None:
+                self._renew()
                 continue
             self._hold(lease)
             yield lease
@@ -147,8 +151,22 @@ class Session:
             lease = self._lease(task, version, timeout_s)
         except EndOfStream:
             return None
+        except WouldBlock:
+            self._renew()
+            raise
         self._hold(lease)
         return lease
+
+    def is_step_over(self, task: str, version: int) -> bool:
+        """Whether a step has no more rows for a task that trains; rows that were handed out may come back."""
+        try:
+            lease = self._lease(task, version, 0.0)
+        except WouldBlock:
+            return False
+        except EndOfStream:
+            return True
+        self._queue.release(lease)
+        return False
 
     def _hold(self, lease: Lease) -> None:
         """Keep a lease until its step is done, unless it gets values and is committed with them."""
@@ -286,6 +304,7 @@ class HostSession(Session):
             limit=limit,
         )
         self._score = score
+        self._has_warned = False
         with contextlib.ExitStack() as stack:
             queue = stack.enter_context(
                 TransferQueue(stages.schema, stages.tasks(self.plan), lease_timeout_s=rollouts.lease_timeout_s)
@@ -401,10 +420,27 @@ class HostSession(Session):
         num_failed = self.plan.num_failed_in_a_row
         if num_failed >= max(_MAX_FAILED, 2 * self._steps.rows) and (why := self.last_failure):
             raise WorkerFailedError("the run", f"gets no completions: the last {num_failed} have all failed. {why}")
+        self._check_informative()
         if self.feeder.error is not None:
             raise self.feeder.error
         for fleet in self._fleets.values():
             fleet.check()
+
+    def _check_informative(self) -> None:
+        """Training without an end in sight is said, and ended at last."""
+        num = self.plan.num_uninformative_in_a_row
+        said = (
+            f"algorithm.filters_uninformative leaves out prompt groups with equal rewards, and the last {num} rows "
+            "were all in such groups"
+        )
+        if num >= _MAX_UNINFORMATIVE * self._steps.rows:
+            raise WorkerFailedError(
+                "the run",
+                f"gets nothing to learn from: {said}; give prompts that the model answers sometimes, or turn it off",
+            )
+        if num >= _MANY_UNINFORMATIVE * self._steps.rows and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"the step waits: {said}", stacklevel=2)
 
     def books(self) -> dict[str, float]:
         """Return what became of all rows so far, and how busy everybody was.
@@ -438,10 +474,15 @@ class HostSession(Session):
             "queue/prompts": float(task["rollout"].num_open),
             "queue/ready": float(task[UPDATE].num_ready),
             "rows/generated": float(done.num_completions),
-            "rows/failed": float(sum(self.worker_statistics(role).num_failed for role in self._fleets)),
+            "rows/failed": float(self.num_failed),
             "rows/uninformative": float(self.plan.num_uninformative),
             "rollout/version_lag": float(self.plan.gate.version - done.version),
         }
+
+    @property
+    def num_failed(self) -> int:
+        """Rows that failed so far, as far as workers have told."""
+        return sum(self.worker_statistics(role).num_failed for role in self._fleets)
 
     @property
     def last_failure(self) -> str:

@@ -52,6 +52,7 @@ class StepPlan:
         changed: the lock, and the bell when there may be room.
         has_ended: there are no more prompts.
         num_uninformative: rows that were replaced because their group had equal rewards.
+        num_uninformative_in_a_row: those since a step last took a group.
         num_failed: rows that were cleared before they were complete.
         num_failed_in_a_row: those since the last complete one.
     """
@@ -73,6 +74,7 @@ class StepPlan:
         self.limit = limit
         self.has_ended = False
         self.num_uninformative = 0
+        self.num_uninformative_in_a_row = 0
         self.num_failed = 0
         self.num_failed_in_a_row = 0
 
@@ -243,7 +245,10 @@ class StepSampler(Sampler):
                     break
                 in_order.append(group)
             whole = in_order
-        self._picked.extend(plan.gate.take(whole).rows)
+        taken = plan.gate.take(whole).rows
+        if taken:
+            plan.num_uninformative_in_a_row = 0
+        self._picked.extend(taken)
 
     def _has_all(self) -> bool:
         """Whether all groups that the step has taken are here, or were handed out."""
@@ -259,6 +264,7 @@ class StepSampler(Sampler):
         if group in self._plan.gate.taken or len({reward for _, reward in rows.values()}) > 1:
             return False
         self._plan.num_uninformative += len(rows)
+        self._plan.num_uninformative_in_a_row += len(rows)
         self._stale += rows
         for row in rows:
             del self._group_of[row]

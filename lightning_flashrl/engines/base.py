@@ -52,7 +52,8 @@ class Prompt:
     Attributes:
         request_id: the caller's number.
         tokens: ``[P]`` int64, at least one.
-        seed: of the random numbers of this completion: the same seed, prompt and weights give the same tokens.
+        seed: of the random numbers of this completion: the same seed, prompt and weights give the same tokens. Its
+            lower 32 bits count.
         begun: what an earlier, interrupted rollout of this request has produced; it goes on from there.
     """
 

@@ -60,6 +60,12 @@ def experience_fields(*, has_reference: bool = False, has_critic: bool = False) 
     return fields
 
 
+_NUM_SEEDS = 1 << 32
+"""So many a generator of torch can tell apart: it takes the lower 32 bits."""
+_SEED_STRIDE = 0x9E3779B1
+"""Rows of a run have seeds one after the other. By the golden section of that ring, other runs' are far from them."""
+
+
 def prompt_rows(
     tokens: Sequence[torch.Tensor],
     problems: Sequence[Problem],
@@ -83,6 +89,7 @@ def prompt_rows(
         SchemaMismatchError: a problem's data is not made of numbers and texts.
     """
     numbers = range(len(tokens) * group_size)
+    first_seed = seed * _SEED_STRIDE + first_group * group_size
     data = [_as_json(problem.data) for problem in problems]
     return {
         "prompt.tokens": [tokens[number // group_size] for number in numbers],
@@ -90,7 +97,7 @@ def prompt_rows(
         "prompt.answer": [problems[number // group_size].answer for number in numbers],
         "prompt.data": [data[number // group_size] for number in numbers],
         "prompt.group_id": [first_group + number // group_size for number in numbers],
-        "prompt.seed": [(seed << 40) + first_group * group_size + number for number in numbers],
+        "prompt.seed": [(first_seed + number) % _NUM_SEEDS for number in numbers],
         "prompt.min_version": [min_version] * len(numbers),
     }
 

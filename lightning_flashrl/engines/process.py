@@ -49,7 +49,7 @@ _REPORT_S = 0.25
 _END_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct("<Q")
 _MAX_DEATHS = 5
-"""Deaths of workers within :data:`_DEATH_WINDOW_S` that are replaced."""
+"""Deaths of workers within :data:`_DEATH_WINDOW_S` that are replaced, and of one that has done nothing, at any time."""
 _DEATH_WINDOW_S = 60.0
 
 
@@ -62,8 +62,6 @@ class Job(abc.ABC):
         endpoint: of the queue.
         secret: of the queue.
         num_threads: of torch.
-        reward_processes: processes in which rewards are computed; 0 computes them in the worker itself.
-        reward_timeout_s: how long a reward may take there.
     """
 
     role: ClassVar[str]
@@ -233,6 +231,7 @@ class WorkerFleet:
             log_dir.mkdir(parents=True, exist_ok=True)
         self.num_replaced = 0
         self._error: FlashRLError | None = None
+        self._fruitless: collections.Counter[int] = collections.Counter()  # rank → deaths in a row
         self._deaths: collections.deque[float] = collections.deque(maxlen=_MAX_DEATHS + 1)
         self._lock = threading.Lock()
         self._processes: dict[int, _Process] = {}
@@ -328,6 +327,15 @@ class WorkerFleet:
                 self._error = WorkerFailedError(name, f"raised:\n{process.error}")
                 return
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with status {status}"
+            rank = process.record.rank
+            self._fruitless[rank] = 0 if process.record.statistics.num_completions else self._fruitless[rank] + 1
+            if self._fruitless[rank] > _MAX_DEATHS:
+                self._error = WorkerFailedError(
+                    name,
+                    f"{how}, for the {self._fruitless[rank]}th time in a row before it had done a single row; look at "
+                    "its output, and at the memory of the machine",
+                )
+                return
             self._deaths.append(clock.now_s())
             if len(self._deaths) > _MAX_DEATHS and self._deaths[-1] - self._deaths[0] < _DEATH_WINDOW_S:
                 self._error = WorkerFailedError(
@@ -337,7 +345,7 @@ class WorkerFleet:
                 )
                 return
             self.num_replaced += 1
-            self._start(process.record.rank)
+            self._start(rank)
 
 
 def _pack(job: Job) -> bytes:
@@ -425,7 +433,7 @@ def main() -> None:
         if not stop.is_set():
             _tell(report_fd, {"error": traceback.format_exc()})
             sys.exit(1)
-    except Exception:  # noqa: BLE001 - told to whoever started this process
+    except (Exception, SystemExit):  # noqa: BLE001 - told to whoever started this process; also a user's exit()
         _tell(report_fd, {"error": traceback.format_exc()})
         sys.exit(1)
     # What a user's engine has left running does not keep the process.

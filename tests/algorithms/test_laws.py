@@ -309,3 +309,22 @@ class TestDiagnostics:
     def test_the_effective_share_is_between_one_sample_and_all(self, seed: int) -> None:
         weights = _normal(seed, 9).exp()
         assert 1 / 9 <= rl.effective_sample_share(weights).item() <= 1 + 1e-9
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("correction", ["truncated", "icepop"])
+    def test_a_ratio_is_not_applied_twice(self, correction: str) -> None:
+        with pytest.raises(ConfigurationError, match="set is_decoupled=True"):
+            rl.GRPO(correction=correction)
+        assert rl.GRPO(correction=correction, is_decoupled=True).correction == correction
+
+    def test_what_stands_outside_the_mask_has_no_gradient(self) -> None:
+        policy = torch.tensor([[-1.0, -500.0]], requires_grad=True)
+        mask = torch.tensor([[True, False]])
+        reference = torch.tensor([[-1.5, 0.0]])
+        losses = rl.GRPO(kl_coefficient=0.1).token_losses(policy, reference, torch.ones(1, 1), mask, reference)
+        loss, _ = rl.sum_tokens(losses, mask, "token")
+        loss.backward()
+        assert policy.grad is not None
+        assert policy.grad[0, 1] == 0
+        assert policy.grad[0, 0].isfinite()

@@ -19,11 +19,15 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import Strategy
 
+from lightning_flashrl import AsyncRL
+from lightning_flashrl.algorithms import DAPO, GRPO
 from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
+from lightning_flashrl.engines import process
 from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.trainer import CausalLMTrainer
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
+from lightning_flashrl.tasks import Problem
 from tests.jobs import rl
 
 JOB = Path(rl.__file__)
@@ -156,6 +160,14 @@ class TestFaults:
         with pytest.raises(WorkerFailedError, match=r"gets no completions: the last \d+ have all failed.*KeyError"):
             _fit(rl.make_data(reward=broken, rollout=rollout))
 
+    def test_a_run_without_anything_to_learn_from_is_warned_of_and_given_up(self) -> None:
+        module = AsyncRL(rl.make_engine(), DAPO())
+        with (
+            pytest.warns(UserWarning, match="the step waits: .*filters_uninformative"),
+            pytest.raises(WorkerFailedError, match="nothing to learn from"),
+        ):
+            rl.make_trainer(max_steps=1).fit(module, rl.make_data(reward=lambda *_: 1.0))
+
     def test_prompts_that_are_all_too_long_are_said(self) -> None:
         rollout = RolloutSettings(max_new_tokens=6, max_length=7, num_slots=8, reward_workers=0)
         with pytest.raises(WorkerFailedError, match="with max_length=7 and max_new_tokens=6 it may have 1 to 1"):
@@ -172,6 +184,17 @@ class TestFaults:
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["workers_replaced"] == 1
         _check_books(summary, rows=6 * 16, staleness=1)
+
+    def test_a_worker_that_leaves_ends_the_run(self) -> None:
+        """A user's ``sys.exit``, whatever its status."""
+        with pytest.raises(WorkerFailedError, match="SystemExit"):
+            _fit(rl.make_data(rollout_engine=lambda: sys.exit(0)))
+
+    def test_a_worker_that_never_gets_anywhere_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However slowly it dies."""
+        monkeypatch.setattr(process, "_DEATH_WINDOW_S", 0.0)
+        with pytest.raises(WorkerFailedError, match=r"left with status 3, for the 6th time in a row"):
+            _fit(rl.make_data(rollout_engine=lambda: os._exit(3)))
 
     def test_an_engine_that_raises_ends_the_run_with_its_traceback(self) -> None:
         def broken() -> Any:
@@ -200,6 +223,12 @@ class TestFaults:
             time.sleep(0.05)
 
 
+def _at_another_temperature() -> CausalLMTrainer:
+    engine = rl.make_engine()
+    engine.temperature = 0.5
+    return engine
+
+
 class SingleDeviceLookalike(Strategy):
     """A strategy of which nobody knows where its weights are."""
 
@@ -222,6 +251,32 @@ class TestLightning:
         assert module.policy_version == 4
         assert weights_sha256(dict(module.trainer_engine.weights())) == _fit(rl.make_data(workflow="sync"))[0]
 
+    def test_precision_of_the_trainer_is_not_that_of_rollouts(self) -> None:
+        """Workers prove new weights against log-probs in the weights' own precision."""
+        _, _, module = _fit(rl.make_data(max_staleness=0), precision="bf16-mixed", max_steps=3)
+        assert module.policy_version == 3
+        assert 0 < module.last_step["mismatch/logprob_diff_max"] < 0.5
+
+    @pytest.mark.parametrize("reward_workers", [0, 1])
+    def test_what_fails_in_validation_counts_0(self, reward_workers: int) -> None:
+        def picky(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+            if row["answer"] == "no":
+                raise ValueError("no")
+            if reward_workers and row["answer"] == "hang":
+                time.sleep(1000)
+            return 1.0
+
+        rollout = RolloutSettings(
+            max_new_tokens=6, max_length=16, num_slots=8, reward_workers=reward_workers, reward_timeout_s=1
+        )
+        answers = ["1", "no", "hang", "1"]
+        validation = [Problem("1>", answer) for answer in answers] + [Problem("1" * 20 + ">", "1")]
+        data = rl.make_data(reward=picky, rollout=rollout, validation=validation)
+        with pytest.warns(UserWarning, match="counts 0 in validation"):
+            _, trainer, _ = _fit(data, limit_val_batches=1.0, max_steps=1)
+        right = 2 if reward_workers else 3
+        assert trainer.callback_metrics["val/accuracy_greedy"] == pytest.approx(right / 5)
+
     def test_validation_answers_held_out_problems(self) -> None:
         _, trainer, _ = _fit(rl.make_data(), limit_val_batches=1.0, max_steps=2)
         assert {"val/accuracy_greedy", "val/accuracy_sampled"} <= trainer.callback_metrics.keys()
@@ -240,6 +295,9 @@ class TestLightning:
         ):
             with pytest.raises(ConfigurationError, match=said):
                 rl.make_trainer(**{"max_steps": 1, **settings}).fit(rl.make_module(rl.make_engine()), rl.make_data())
+        module = AsyncRL(rl.make_engine(), GRPO(kl_coefficient=0.1), reference_engine=_at_another_temperature())
+        with pytest.raises(ConfigurationError, match=r"reference_engine\.temperature"):
+            trainer.fit(module, rl.make_data())
         with pytest.raises(ConfigurationError, match="group_size=1"):
             trainer.fit(rl.make_module(rl.make_engine()), rl.make_data(steps=StepSettings(prompts=4, group_size=1)))
         with pytest.raises(ConfigurationError, match="StreamingDataModule"):

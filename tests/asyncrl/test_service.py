@@ -134,7 +134,9 @@ def test_other_processes_take_part(service: RLService) -> None:
         assert client.version == 1
         assert service.session.books()["rows_committed"] == 4
     service.put_prompts_data(["a", "b"])  # the client's end is not the queue's
-    assert roll_out(service, 2, version) == 2
+    assert roll_out(service, 4, version) == 4
+    judge(service, 4)
+    assert rest(service)
     engine = _Engine()
     with torch.no_grad():
         MODEL.weight.add_(torch.randn(3, 3))
@@ -152,6 +154,44 @@ class _Engine:
 
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.weight[tokens[:-1]].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+
+
+def test_who_comes_later_begins_with_the_current_step(service: RLService) -> None:
+    begin(service)
+    service.put_prompts_data(["a", "b"])
+    roll_out(service, 4)
+    judge(service, 4)
+    rest(service)
+    service.weight_sync_notify()
+    service.put_prompts_data(["a", "b"])
+    with RLClient(pickle.loads(pickle.dumps(service.address))) as client:
+        assert client.version == 1
+        roll_out(client, 4, version=1)
+        judge(client, 4)
+        assert sum(map(len, rest(client))) == 4
+
+
+def test_a_step_is_not_done_before_its_rows_were_taken(service: RLService) -> None:
+    begin(service)
+    service.put_prompts_data(["a", "b"])
+    with pytest.raises(ConfigurationError, match="more rows for task 'update'"):
+        service.weight_sync_notify()
+    roll_out(service, 4)
+    judge(service, 4)
+    assert service.get_experience_data() is not None
+    with pytest.raises(ConfigurationError, match="until it returns None"):
+        service.weight_sync_notify()
+    rest(service)
+    assert service.weight_sync_notify() == 1
+    assert service.session.books()["rows_committed"] == 4
+
+
+def test_who_waits_for_prompts_that_nobody_gives_is_told(service: RLService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_flashrl.asyncrl.service._LONG_S", 0.1)
+    begin(service)
+    service.put_prompts_data(["a"])
+    with pytest.warns(UserWarning, match="2 prompts waits, and there are 1"), pytest.raises(WouldBlock):
+        service.get_experience_data(timeout_s=1)
 
 
 def test_values_of_a_critic_of_ones_own(service: RLService) -> None:

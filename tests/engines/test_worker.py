@@ -275,3 +275,14 @@ def test_prompts_of_a_killed_worker_are_answered_by_another() -> None:
         workers[1].join()
         assert workers[1].exitcode == 0
         assert sorted(seen) == list(rows)
+
+
+def test_any_seed_of_a_run_gives_rows_their_own() -> None:
+    seeds = [
+        prompt_rows([torch.tensor([1])] * 2, [Problem("a", "")] * 2, group_size=2, first_group=3, seed=seed)[
+            "prompt.seed"
+        ]
+        for seed in (0, 1, -1, 2**31, 2**70 + 5)
+    ]
+    drawn = {torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for row in seeds for seed in row}
+    assert len(drawn) == 5 * 4

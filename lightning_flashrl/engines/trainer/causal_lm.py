@@ -144,10 +144,12 @@ class CausalLMTrainer(nn.Module):
         was_training = self.model.training
         self.model.train(False)
         try:
-            logits = self.model(input_ids=tokens[None, :-1].to(self.model.device), use_cache=False).logits[0].float()
+            # Whatever a Trainer computes its steps with: engines compute with the weights as they are.
+            with torch.autocast(self.model.device.type, enabled=False):
+                logits = self.model(input_ids=tokens[None, :-1].to(self.model.device), use_cache=False).logits[0]
         finally:
             self.model.train(was_training)
-        logprobs: Tensor = logits.log_softmax(dim=-1).cpu()
+        logprobs: Tensor = logits.float().log_softmax(dim=-1).cpu()
         return logprobs.gather(1, tokens[1:, None].cpu())[:, 0]
 
     def rollout_engine(self, sampling: Sampling, *, num_slots: int, max_length: int) -> SlotDecoder:
