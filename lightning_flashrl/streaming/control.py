@@ -257,9 +257,8 @@ class Control:
                 if not pools:
                     return
                 for pool in pools:
-                    line = self._lines.get(pool)
-                    if line is not None:
-                        self._serve(pool, line)
+                    if pool in self._lines:
+                        self._serve(pool)
         finally:
             self._is_settling = False
 
@@ -297,15 +296,15 @@ class Control:
         num_bytes = sum(int(column.lengths.sum()) * self.schema[column.field].entry_bytes for column in written)
 
         def attempt() -> Rows | None:
-            ledger = self.ledger
+            ledger, now_s = self.ledger, self._now_s()
             if lease is not None:
-                ledger.check_lease(self._now_s(), *lease, rows)
+                ledger.check_lease(now_s, *lease, rows)
             if rows is None and not ledger.is_closed and not self._has_room(num_rows, num_bytes):
                 return None
             taken = ledger.put(written, rows)
             self._count(written)
             if lease is not None:
-                ledger.commit(self._now_s(), *lease, rows)
+                ledger.commit(now_s, *lease, rows)
             return taken
 
         with self._acting():
@@ -358,10 +357,11 @@ class Control:
             line = self._lines.setdefault(pool, _Line())
             line.tickets.append(ticket)
             self.ledger.expire(self._now_s())
-            self._serve(pool, line)
+            self._serve(pool)
             return ticket
 
-    def _serve(self, pool: Pool, line: _Line) -> None:
+    def _serve(self, pool: Pool) -> None:
+        line = self._lines[pool]
         line.serve()
         if not line.tickets:
             self._lines.pop(pool, None)
@@ -379,10 +379,14 @@ class Control:
     def cancel(self, ticket: Ticket) -> bool:
         """Give up a wait; return whether it was one. Those who stood behind it may have their turn now."""
         with self._acting():
-            for line in (self._puts, *self._lines.values()):
+            if ticket in self._puts.tickets:
+                self._puts.tickets.remove(ticket)
+                self._puts.serve()
+                return True
+            for pool, line in self._lines.items():
                 if ticket in line.tickets:
                     line.tickets.remove(ticket)
-                    line.serve()
+                    self._serve(pool)
                     return True
             return False
 
@@ -445,6 +449,11 @@ class Control:
         """A client is gone: its leases go back, its extents are sealed."""
         with self._acting():
             self.ledger.release_owner(owner)
+            self.seal_owner(owner)
+
+    def seal_owner(self, owner: str) -> None:
+        """Nothing more is written into a client's extents."""
+        with self._acting():
             for allocator in self._allocators:
                 for extent in allocator.extents():
                     if extent.owner == owner and not extent.is_sealed:

@@ -299,14 +299,14 @@ class Ledger:
         """
         state = self._state(task)
         names = self.schema.select(fields) if fields else state.fields
-        prototype = sampler or state.sampler
+        prototype = state.sampler if sampler is None else sampler
         mask = self.schema.bits((*names, *self._checked_tags(prototype)))
         for pool in state.pools:
             if pool.mask == mask and pool.prototype() is prototype:
                 return pool
         counted = tuple(name for name in state.token_fields if name in names) or names
         ragged = tuple(name for name in counted if self.schema[name].is_ragged and not self.schema[name].is_python)
-        pool = Pool(task, mask, ragged, weakref.ref(prototype), copy.deepcopy(prototype))
+        pool = Pool(task, mask, ragged, weakref.ref(prototype), _copied(prototype))
         # The first is the task's own; others go with the samplers that leases brought along.
         state.pools = [other for other in state.pools if other.prototype() is not None]
         state.pools.append(pool)
@@ -414,8 +414,6 @@ class Ledger:
                 (pool, part) for pool in state.pools if pool.sampler.tags for part in self._known(rows, cells, pool)
             ]
         self._commit_rows(state, rows, cells)
-        if self.is_closed:  # perhaps the task's last: then its other consumers are told the end
-            self._filled.update(dict.fromkeys(state.pools))
 
     def release(self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
         """Give a lease's rows, or some of them, back, to be leased again.
@@ -488,7 +486,7 @@ class Ledger:
             if len(self._ends) > _REMEMBERED_ENDS:
                 del self._ends[next(iter(self._ends))]
         if self._held:
-            is_held = np.array([row in self._held for row in rows.tolist()])
+            is_held = np.array([row in self._held for row in rows.tolist()], dtype=np.bool_)
             for row in rows[is_held].tolist():
                 num_leases, places, sizes = self._held.pop(row)
                 if num_leases > 1:
@@ -505,6 +503,8 @@ class Ledger:
         cells[:, _COMMITTED] |= state.bit
         self._cells[rows] = cells
         state.counts.num_open -= len(rows)
+        if self.is_closed:  # perhaps the task's last: then its other consumers are told the end
+            self._filled.update(dict.fromkeys(state.pools))
         if self.clear_consumed:
             is_done = cells[:, _COMMITTED] == self._all_tasks
             if is_done.all():
@@ -636,3 +636,18 @@ def _refuse_twice(rows: Rows) -> None:
     if len(rows) > 1 and len(np.unique(rows)) != len(rows):
         values, counts = np.unique(rows, return_counts=True)
         raise DuplicateRowError(tuple(values[counts > 1].tolist()), "stand twice in one call")
+
+
+def _copied(sampler: Sampler) -> Sampler:
+    """Return a sampler like it, which holds nothing yet.
+
+    Raises:
+        ConfigurationError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(sampler)
+    except Exception as error:
+        raise ConfigurationError(
+            f"the sampler {type(sampler).__name__} cannot be copied ({error}); let it hold no locks, files or "
+            "processes, or give it a __deepcopy__"
+        ) from error

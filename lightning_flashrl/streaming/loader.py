@@ -148,7 +148,7 @@ class _Ahead:
 
     def __init__(self, dataset: StreamingDataset) -> None:
         self._dataset = dataset
-        self._items: standard_queue.Queue[Lease | FlashRLError] = standard_queue.Queue()
+        self._items: standard_queue.Queue[Lease | BaseException] = standard_queue.Queue()
         self._free = threading.Semaphore(dataset.prefetch)
         self._over = threading.Event()
         self._held: dict[int, Lease] = {}
@@ -165,7 +165,7 @@ class _Ahead:
                     if lease is not None:
                         self._held[lease.lease_id] = lease
                         self._items.put(lease)
-        except FlashRLError as error:
+        except BaseException as error:  # noqa: BLE001 - whoever waits for rows gets it
             self._items.put(error)
         with contextlib.suppress(FlashRLError):
             while not self._over.wait(_LOOK_S):
@@ -197,7 +197,7 @@ class _Ahead:
                     del self._held[lease.lease_id]
 
     # ------------------------------------------------------------------ the loop
-    def next(self) -> Lease | FlashRLError:
+    def next(self) -> Lease | BaseException:
         """Wait for the next lease, or for what ended the thread."""
         item = self._items.get()
         self._free.release()

@@ -150,6 +150,7 @@ class Welcome(Message, frozen=True):
         units: the storage units.
         local_address: abstract Unix socket of the server, for clients on its host.
         local_token: what the first frame there must begin with.
+        session_timeout_s: after so long without a word, nothing is written any more where a client may write.
     """
 
     fields: tuple[FieldSpec, ...]
@@ -157,6 +158,7 @@ class Welcome(Message, frozen=True):
     units: tuple[UnitSpec, ...]
     local_address: str
     local_token: bytes
+    session_timeout_s: float
 
 
 class ExtentGranted(Message, frozen=True):

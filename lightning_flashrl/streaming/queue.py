@@ -252,7 +252,7 @@ class QueueVerbs(abc.ABC):
             UnknownRowError: a row has been cleared; the lease goes on.
         """
         some = None if rows is None else _as_rows(rows)
-        if data is None:
+        if data is None or (some is not None and not len(some)):
             self._commit(lease.lease_id, lease.task, some)
             return
         some = _as_rows(lease.rows) if some is None else some

@@ -84,7 +84,8 @@ class Sampler:
 
     Args:
         group_size: rows of a prompt group. With more than one, a group is handed out whole, once it is complete.
-        group_by: the scalar field that says which group a row belongs to.
+        group_by: the scalar field that says which group a row belongs to. A number is used once: rows of it that were
+            cleared are not waited for ever after.
 
     Raises:
         ConfigurationError: a group size below 1.

@@ -515,6 +515,8 @@ def _as_tensor(name: str, field: Field, value: Any) -> Tensor:
         raise SchemaMismatchError(
             name, f"is no tensor ({error})", "give tensors, arrays or lists of numbers"
         ) from error
+    if expected in (torch.float64, torch.complex128) and (natural.is_floating_point() or natural.is_complex()):
+        natural = torch.as_tensor(value, dtype=expected)  # torch's default would have rounded them
     if natural.numel() == 0 or torch.can_cast(natural.dtype, expected):
         converted: Tensor = natural.to(expected)
         if natural.is_floating_point() or converted.is_floating_point() or converted.equal(natural):

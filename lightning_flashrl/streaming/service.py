@@ -27,7 +27,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -130,8 +130,9 @@ class TransferQueueServer:
         self._granted: dict[tuple[bytes, bytes], tuple[int, str]] = {}
         self._answers: collections.deque[tuple[bytes, bytes, bytes]] = collections.deque()
         self._owners: dict[bytes, float] = {}
+        self._gone: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._expiry: Timer | None = None
-        self._is_over = False
+        self._is_over = self._is_closed = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._loop.add_reader(self._socket, self._on_readable)
         self._loop.add_reader(self._wake_fd, self._on_wake)
@@ -146,8 +147,8 @@ class TransferQueueServer:
 
     def close(self) -> None:
         """Stop serving. The queue goes on."""
-        if self._thread.is_alive():
-            self._is_over = True
+        if not self._is_closed:
+            self._is_over = self._is_closed = True
             self._wake()
             self._thread.join()
             for unit in self._units:
@@ -207,33 +208,49 @@ class TransferQueueServer:
 
     def _on_local_end(self, peer: bytes, owner: bytes | None) -> None:
         """A connection has ended; with its first one the client has (``owner``)."""
-        for key in [key for key in self._tickets if key[0] == peer]:
-            self.queue.control.cancel(self._tickets.pop(key).ticket)
-        if owner is not None and self._owners.pop(owner, None) is not None:
-            self.queue.control.forget_owner(owner.hex())
+        if owner is not None:
+            self._forget(owner)
+        self._give_up([key for key in self._tickets if key[0] == peer])
         self._after_requests()
+
+    def _forget(self, owner: bytes) -> None:
+        """A client is gone. What it has asked for is not given to it, also if it is read only now."""
+        self._gone[owner] = None
+        if len(self._gone) > _REMEMBERED_GRANTS:
+            self._gone.popitem(last=False)
+        self._give_up([key for key, waiting in self._tickets.items() if waiting.owner == owner])
+        self._owners.pop(owner, None)
+        self.queue.control.forget_owner(owner.hex())
+
+    def _give_up(self, keys: Sequence[tuple[bytes, bytes]]) -> None:
+        for key in keys:
+            waiting = self._tickets.pop(key)
+            waiting.stop()
+            self.queue.control.cancel(waiting.ticket)
 
     def _after_requests(self) -> None:
         self._flush()
         self._arm_expiry()
 
     def _on_request(self, peer: bytes, request_id: bytes, owner: bytes, payload: bytes) -> None:
-        try:
-            request = protocol.decode_request(payload)
-            if len(owner) != _OWNER_BYTES or len(request_id) != _NUMBER_BYTES:
-                raise ValueError("no owner or number")
-        except (ValueError, msgspec.MsgspecError):
+        if len(owner) != _OWNER_BYTES or len(request_id) != _NUMBER_BYTES:
             self.num_undecodable += 1
             return
+        if owner in self._gone:
+            return
         self._owners[owner] = clock.now_s()
+        answer: protocol.Answer | None
         try:
-            answer = self._handle(peer, request_id, owner.hex(), request)
+            answer = self._handle(peer, request_id, owner.hex(), protocol.decode_request(payload))
         except FlashRLError as error:
             answer = protocol.pack_error(error)
-        except (ValueError, KeyError, OverflowError) as error:  # arrays that are none, fields that are not there
+        except Exception as error:  # noqa: BLE001 - messages that are none, a user's sampler: others are served on
             self.num_undecodable += 1
             answer = protocol.pack_error(
-                ConfigurationError(f"the request cannot be: {error}; use one version of the package")
+                ConfigurationError(
+                    f"the request cannot be: {type(error).__name__}: {error}; look at the types of its arguments, and "
+                    "use one version of the package"
+                )
             )
         if answer is not None:
             self._answers.append((peer, request_id, protocol.encode(answer)))
@@ -268,13 +285,14 @@ class TransferQueueServer:
             case protocol.Hello():
                 fields = protocol.pack_schema(self.queue.schema)
                 door = self._door_local
-                return protocol.Welcome(fields, self.queue.lease_timeout_s, self._specs, door.address, door.token)
+                return protocol.Welcome(
+                    fields, self.queue.lease_timeout_s, self._specs, door.address, door.token, self._session_timeout_s
+                )
             case protocol.Cancel(request_id=number):
                 self._cancel(peer, number.to_bytes(8, "little"), owner)
                 return None
             case protocol.Goodbye():
-                self._owners.pop(bytes.fromhex(owner), None)
-                control.forget_owner(owner)
+                self._forget(bytes.fromhex(owner))
                 return None
         return protocol.Done()
 
@@ -383,9 +401,10 @@ class TransferQueueServer:
                 self._tickets.pop(key).stop()
                 self._answers.append((*key, protocol.encode(protocol.Again())))
         for owner, heard_s in list(self._owners.items()):
-            if now_s - heard_s > self._session_timeout_s:
+            # The end of a client on this host is seen at its first connection; another's leases run out.
+            if now_s - heard_s > self._session_timeout_s and not self._door_local.has(owner):
                 del self._owners[owner]
-                self.queue.control.forget_owner(owner.hex())
+                self.queue.control.seal_owner(owner.hex())
         self._flush()
 
 
@@ -472,6 +491,10 @@ class _LocalDoor:
         channel.close()
         if peer in self._let_in:
             self._on_end(peer, self._let_in.pop(peer))
+
+    def has(self, owner: bytes) -> bool:
+        """Whether a client's first connection is there."""
+        return owner in self._let_in.values()
 
     def send(self, peer: bytes, frame: bytes) -> bool:
         """Send a frame; ``False`` if the name is not that of a connection here."""
@@ -577,7 +600,9 @@ class TransferQueueClient(QueueVerbs):
         except BaseException:
             self._close_sockets(linger_ms=0)
             raise
-        self._writer = Writer(self.schema, self.units, self._grant, self._seal)
+        self._writer = Writer(
+            self.schema, self.units, self._grant, self._seal, max_idle_s=welcome.session_timeout_s / 2
+        )
 
     def _go_local(self, welcome: protocol.Welcome) -> None:
         """Use the server's Unix socket if this is its host."""
@@ -608,6 +633,7 @@ class TransferQueueClient(QueueVerbs):
                         f"the memory of storage unit {spec.endpoint} cannot be mapped here ({error}); use "
                         "transport='auto' on another host"
                     ) from error
+        spec = msgspec.structs.replace(spec, endpoint=_reachable(spec.endpoint, self.endpoint))
         return _ThreadedAccess(self._context, spec, self._keys, self._answer_timeout_s)
 
     def __reduce__(self) -> Any:
@@ -717,6 +743,20 @@ class TransferQueueClient(QueueVerbs):
                 connection = _RemoteConnection(self._context, self.endpoint, self._keys, self._answer_timeout_s)
             self._local.connection = connection
         return connection
+
+
+def _reachable(endpoint: str, known: str) -> str:
+    """Return a unit's endpoint; where it says only "any address", with the host by which the queue is known.
+
+    >>> _reachable("tcp://0.0.0.0:77", "tcp://node7:1234")
+    'tcp://node7:77'
+    >>> _reachable("tcp://10.0.0.3:77", "tcp://node7:1234")
+    'tcp://10.0.0.3:77'
+    """
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host not in ("0.0.0.0", "*", "[::]"):
+        return endpoint
+    return f"{known.rpartition(':')[0]}:{port}"
 
 
 def _connect(endpoint: str, secret: str, transport: Transport, answer_timeout_s: float) -> TransferQueueClient:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_flashrl import clock
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.messaging.memory import PAGE_BYTES, Bytes
 from lightning_flashrl.streaming.ledger import Written
@@ -216,6 +218,7 @@ class Writer:
         units: how to reach each unit.
         grant: asks the control plane for an extent of at least so many bytes; returns its place and size.
         seal: tells the control plane that the extent at a place is done with.
+        max_idle_s: an extent that was not written to for so long is left: it may have been taken back.
     """
 
     def __init__(
@@ -224,7 +227,11 @@ class Writer:
         units: Sequence[UnitAccess],
         grant: Callable[[int], tuple[int, int]],
         seal: Callable[[int], None],
+        *,
+        max_idle_s: float = math.inf,
     ) -> None:
+        self._max_idle_s = max_idle_s
+        self._used_s = clock.now_s()
         self._schema = schema
         self._units = units
         self._grant = grant
@@ -269,14 +276,15 @@ class Writer:
 
     def _reserve(self, num_bytes: int) -> tuple[_OpenExtent, int]:
         with self._lock:
-            extent = self._extent
-            if extent is None or extent.used_bytes + num_bytes > extent.size_bytes:
-                fresh = _OpenExtent(*self._grant(max(num_bytes, 1)))
-                if extent is not None:
+            extent, idle_s = self._extent, clock.now_s() - self._used_s
+            self._used_s += idle_s
+            if extent is None or idle_s > self._max_idle_s or extent.used_bytes + num_bytes > extent.size_bytes:
+                if extent is not None:  # before the next one is granted, perhaps in its place
+                    self._extent = None
                     extent.is_left = True
                     if not extent.num_writing:
                         self._seal(extent.place)
-                extent = self._extent = fresh
+                extent = self._extent = _OpenExtent(*self._grant(max(num_bytes, 1)))
             where = extent.place + extent.used_bytes
             extent.used_bytes += num_bytes
             extent.num_writing += 1

@@ -24,6 +24,8 @@ from lightning_flashrl.streaming.memory import BLOCK_BYTES, UnitAccess, default_
 
 _START_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 5.0
+_FRAME_BYTES = 1 << 24
+"""Payload of a message to or from a unit, at most: an answer is not long in coming then, on slow lines, too."""
 
 
 class UnitSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -95,7 +97,7 @@ class UnitServer:
                 peer, request_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=True)
                 try:
                     answer = self._answer(frames)
-                except (msgspec.MsgspecError, ValueError, IndexError):
+                except (msgspec.MsgspecError, ValueError, IndexError, MemoryError):
                     self.num_undecodable += 1
                     continue
                 self._socket.send_multipart([peer, request_id, answer], copy=False)
@@ -141,6 +143,7 @@ class RemoteAccess(UnitAccess):
         self._num_requests = 0
         self._socket = context.socket(zmq.DEALER)
         self._socket.linger = 0
+        self._socket.sndtimeo = int(timeout_s * 1000)
         keys.guard_client(self._socket)
         self._socket.connect(spec.endpoint)
 
@@ -149,21 +152,28 @@ class RemoteAccess(UnitAccess):
         """Give memory of our own, and send it when the block ends without an error."""
         staged = np.empty(num_bytes, np.uint8)
         yield staged
-        self._ask([_encode(Write(offset)), staged.data], "write")
+        for begin in range(0, num_bytes, _FRAME_BYTES):
+            part = staged[begin : begin + _FRAME_BYTES]
+            self._ask([_encode(Write(offset + begin)), part.data], "write")
 
     def read(self, offsets: Sequence[int], ends: Sequence[int], into: Bytes) -> None:
         """Copy ranges out, one after the other."""
-        request = Read(np.array(offsets, np.int64).tobytes(), np.array(ends, np.int64).tobytes())
-        into[:] = np.frombuffer(self._ask([_encode(request)], "read"), np.uint8)
+        at = 0
+        for starts, stops in _frames(offsets, ends):
+            request = Read(np.array(starts, np.int64).tobytes(), np.array(stops, np.int64).tobytes())
+            part = np.frombuffer(self._ask([_encode(request)], "read"), np.uint8)
+            into[at : at + len(part)] = part
+            at += len(part)
 
     def _ask(self, frames: list[bytes | memoryview], doing: str) -> memoryview:
         self._num_requests += 1
         request_id = self._num_requests.to_bytes(8, "little")
-        self._socket.send_multipart([request_id, *frames], copy=False)
-        while self._socket.poll(int(self._timeout_s * 1000)):
-            answered, data = self._socket.recv_multipart(copy=False)
-            if answered.bytes == request_id:  # else of a request that was given up
-                return data.buffer
+        with contextlib.suppress(zmq.Again):  # nobody takes it
+            self._socket.send_multipart([request_id, *frames], copy=False)
+            while self._socket.poll(int(self._timeout_s * 1000)):
+                answered, data = self._socket.recv_multipart(copy=False)
+                if answered.bytes == request_id:  # else of a request that was given up
+                    return data.buffer
         raise QueueUnavailableError(self._spec.endpoint, self._timeout_s, f"{doing} at a storage unit")
 
     def close(self) -> None:
@@ -172,6 +182,31 @@ class RemoteAccess(UnitAccess):
 
     def __del__(self) -> None:
         self._socket.close()
+
+
+def _frames(offsets: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut ranges into requests whose answers are no larger than a frame.
+
+    >>> _FRAME_BYTES
+    16777216
+    >>> list(_frames([0, 50], [10, 50 + (1 << 24)]))
+    [([0, 50], [10, 16777256]), ([16777256], [16777266])]
+    """
+    starts: list[int] = []
+    stops: list[int] = []
+    left = _FRAME_BYTES
+    for offset, end in zip(offsets, ends, strict=True):
+        while offset < end:
+            stop = min(end, offset + left)
+            starts.append(offset)
+            stops.append(stop)
+            left -= stop - offset
+            offset = stop
+            if not left:
+                yield starts, stops
+                starts, stops, left = [], [], _FRAME_BYTES
+    if starts:
+        yield starts, stops
 
 
 # --------------------------------------------------------------------------- a process of its own

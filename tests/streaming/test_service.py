@@ -25,11 +25,14 @@ from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueUnava
 from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.streaming import (
     Field,
+    Sampler,
+    Task,
     TransferQueue,
     TransferQueueClient,
     TransferQueueServer,
     protocol,
     service,
+    unit,
 )
 from lightning_flashrl.streaming.service import Transport
 
@@ -189,15 +192,89 @@ class TestDeath:
             assert queue.lease("t", count=1, timeout_s=10).rows == rows
 
     def test_what_a_silent_client_had_begun_is_given_up(self) -> None:
-        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue, session_timeout_s=0.5) as server:
-            client = TransferQueueClient(server.endpoint, server.secret)
+        queue = TransferQueue(FIELDS, ["t"], lease_timeout_s=1)
+        with queue, TransferQueueServer(queue, session_timeout_s=0.5) as server:
+            client = TransferQueueClient(server.endpoint, server.secret, transport="socket")
             rows = client.put({"x": [[1]]})
             client.lease("t", count=1)
             lease = queue.lease("t", count=1, timeout_s=10)
             assert lease.rows == rows
             queue.commit(lease)
-            assert not any(extent.owner != "local" for extent in queue.control._allocators[0].extents())
+            while any(extent.owner != "local" for extent in queue.control._allocators[0].extents()):
+                time.sleep(0.01)
+            assert client.put({"x": [[2]]})  # elsewhere
+            assert queue.lease("t", count=1, timeout_s=10)["x"].unbind()[0].tolist() == [2]
             client.disconnect()
+
+    def test_a_client_on_this_host_may_be_silent(self) -> None:
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue, session_timeout_s=0.1) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                first = client.put({"x": [[7] * 1000]})
+                lease = client.lease("t", count=1)
+                time.sleep(0.5)
+                with TransferQueueClient(server.endpoint, server.secret) as other:
+                    second = other.put({"x": [[8] * 1000]})
+                    client.put({"x": [[9] * 1000]})
+                    assert other.lease("t", count=1).rows == second
+                client.commit(lease)
+                assert lease.rows == first
+
+    def test_nobody_is_given_rows_who_is_gone(self) -> None:
+        """A client is killed while one of its threads has rows and another one waits for some."""
+        program = textwrap.dedent("""
+            import os, signal, sys, threading, time
+            from lightning_flashrl.streaming import TransferQueueClient
+            client = TransferQueueClient(*sys.argv[1:])
+            client.lease("t", count=2)
+            threading.Thread(target=client.lease, args=("t",), kwargs={"count": 1}, daemon=True).start()
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            for _ in range(3):
+                rows = queue.put({"x": [[1], [2]]})
+                subprocess.run([sys.executable, "-c", program, server.endpoint, server.secret], check=False)
+                lease = queue.lease("t", count=2, timeout_s=10)
+                assert lease.rows == rows
+                queue.commit(lease)
+
+    def test_a_put_that_waits_ends_with_its_client(self) -> None:
+        queue = TransferQueue(FIELDS, ["t"], max_rows=1)
+        with queue, TransferQueueServer(queue) as server, ThreadPoolExecutor(1) as pool:
+            client = TransferQueueClient(server.endpoint, server.secret)
+            client.put({"x": [[1]]})
+            waiting = pool.submit(client.put, {"x": [[2]]})
+            while not queue.control._puts.tickets:
+                time.sleep(0.01)
+            client.disconnect()
+            with pytest.raises((QueueUnavailableError, zmq.ZMQError)):
+                waiting.result(20)
+            queue.commit(queue.lease("t", count=1))
+            with pytest.raises(WouldBlock):
+                queue.lease_nowait("t", count=1)
+            assert queue.statistics().num_put == 1
+
+    def test_what_a_user_gave_wrongly_hurts_nobody_else(self) -> None:
+        class Strict(Sampler):
+            def check(self, demand: Any) -> None:
+                raise TypeError("never")
+
+        with TransferQueue(FIELDS, {"t": [], "strict": Task([], Strict())}) as queue:
+            with TransferQueueServer(queue) as server, TransferQueueClient(server.endpoint, server.secret) as client:
+                with pytest.raises(ConfigurationError, match="TypeError: never"):
+                    client.lease("strict", count=1)
+                with pytest.raises(ConfigurationError, match="types of its arguments"):
+                    client.lease("t", count=1, allow_partial="yes")  # type: ignore[arg-type]
+                client.put({"x": [[1]]})
+                assert len(client.lease("t", count=1)) == 1
+
+    def test_rows_larger_than_a_message_travel_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(unit, "_FRAME_BYTES", 1000)
+        numbers = [list(range(start, start + 777)) for start in range(5)]
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret, transport="socket") as client:
+                client.put({"x": numbers})
+                assert [row.tolist() for row in client.lease("t", count=5)["x"].unbind()] == numbers
 
     def test_storage_units_end_with_the_process_that_made_them(self, tmp_path: Path) -> None:
         program = tmp_path / "program.py"

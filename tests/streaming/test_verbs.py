@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import threading
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_flashrl import clock
 from lightning_flashrl.errors import (
     ConfigurationError,
     DuplicateRowError,
@@ -28,11 +30,14 @@ from lightning_flashrl.errors import (
 )
 from lightning_flashrl.streaming import (
     Candidates,
+    Demand,
     Field,
     PromptGroups,
     Ragged,
+    Request,
     Sampler,
     StalenessAware,
+    StreamingDataset,
     Task,
     TokenBalanced,
     TransferQueue,
@@ -374,7 +379,7 @@ class TestSamplers:
                 return -candidates.tags["x"]
 
         queue = open_queue(NUMBERS, ["t"], samplers={"highest": Highest()})
-        queue.put({"x": [3, 9, 5]})
+        queue.put({"x": [3, 5, 9]})
         assert queue.lease("t", count=1)["x"] == [3]
         assert queue.lease("t", count=1, sampler="highest")["x"] == [9]
         assert queue.lease("t", count=1)["x"] == [5]
@@ -397,16 +402,91 @@ class TestSamplers:
 
 def test_samplers_that_leases_bring_along_go_with_them() -> None:
     class Mine(Sampler):
-        pass
+        def order(self, candidates: Candidates) -> Any:
+            return -candidates.rows
 
     with TransferQueue(NUMBERS, ["t"]) as queue:
         queue.put({"x": list(range(30))})
         seen = [queue.lease("t", count=1, sampler=Mine()).rows[0] for _ in range(30)]
-        assert seen == list(range(30))
-        with pytest.raises(WouldBlock):
-            queue.lease_nowait("t", count=1, sampler=Mine())
+        assert seen == list(reversed(range(30)))
+        for _ in range(3):
+            with pytest.raises(WouldBlock):
+                queue.lease_nowait("t", count=1, sampler=Mine())
+            with pytest.raises(LeaseTimeoutError):
+                queue.lease("t", count=1, sampler=Mine(), timeout_s=0.01)
+        assert not queue.control._lines
         gc.collect()
         assert sum(type(thing) is Mine for thing in gc.get_objects()) <= 2
+
+
+def test_a_lease_that_runs_out_while_it_is_committed_is_committed_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with TransferQueue({"x": Field(int), "y": Field(int)}, {"t": ["x"], "y": ["y"]}, lease_timeout_s=10) as queue:
+        queue.put({"x": [1]})
+        lease = queue.lease("t", count=1)
+        times = itertools.count(clock.now_s(), 6.0)  # ten seconds are over between two looks
+        monkeypatch.setattr(queue.control, "_now_s", lambda: next(times))
+        try:
+            queue.commit(lease, {"y": [2]})
+            is_committed = True
+        except LeaseLostError:
+            is_committed = False
+        assert queue.statistics().tasks["y"].num_ready == queue.statistics().tasks["t"].num_committed == is_committed
+
+
+def test_stale_rows_that_were_the_last_end_the_wait_of_others() -> None:
+    class Stale(Sampler):
+        def take(self, demand: Demand) -> list[int]:
+            self._stale += super().take(demand)
+            return []
+
+    with TransferQueue({"x": Field(int), "y": Field(int)}, {"t": ["x"]}) as queue:
+        queue.put({"x": [1]})
+        waiting = InThread(lambda: queue.lease("t", ["y"], count=1))
+        queue.close()
+        assert waiting.is_waiting()
+        with pytest.raises(EndOfStream):
+            queue.lease_nowait("t", count=1, sampler=Stale())
+        with pytest.raises(EndOfStream):
+            waiting.result()
+
+
+def test_a_sampler_that_cannot_be_copied_is_refused() -> None:
+    class Locked(Sampler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+    with TransferQueue(NUMBERS, ["t"]) as queue:
+        with pytest.raises(ConfigurationError, match="Locked cannot be copied"):
+            queue.lease_nowait("t", count=1, sampler=Locked())
+
+
+def test_python_numbers_keep_their_precision(open_queue: OpenQueue) -> None:
+    queue = open_queue({"x": Field(torch.float64)}, ["t"])
+    queue.put({"x": [0.1, 1 / 3]})
+    assert queue.lease("t", count=2)["x"].tolist() == [0.1, 1 / 3]
+
+
+def test_the_end_of_no_rows_is_nothing(open_queue: OpenQueue) -> None:
+    queue = open_queue({"x": Field(int), "y": Field(int)}, {"t": ["x"]})
+    rows = queue.put({"x": [1, 2]})
+    lease = queue.lease("t", count=2)
+    queue.clear(rows[:1])
+    queue.commit(lease, rows=[])
+    queue.commit(lease, {"y": []}, rows=[])
+    queue.release(lease, rows=[])
+    assert queue.statistics().tasks["t"].num_leased == 1
+
+
+def test_a_loader_whose_thread_fails_says_so() -> None:
+    class Strict(Sampler):
+        def check(self, demand: Demand) -> None:
+            raise TypeError("never")
+
+    with TransferQueue(NUMBERS, {"t": Task([], Strict())}) as queue, pytest.raises(TypeError, match="never"):
+        next(iter(StreamingDataset(queue, "t", Request(count=1))))
 
 
 class TestEnd:
