@@ -332,8 +332,8 @@ class WorkerFleet:
             if self._fruitless[rank] > _MAX_DEATHS:
                 self._error = WorkerFailedError(
                     name,
-                    f"{how}, for the {self._fruitless[rank]}th time in a row before it had done a single row; look at "
-                    "its output, and at the memory of the machine",
+                    f"{how}; {self._fruitless[rank]} of its processes in a row have died before they had done a single "
+                    "row; look at their output, and at the memory of the machine",
                 )
                 return
             self._deaths.append(clock.now_s())

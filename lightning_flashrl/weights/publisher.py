@@ -152,9 +152,12 @@ class WeightPublisher:
             probe_logprobs: ``[L - 1]`` float32 its log-probs under these weights, for receivers to compare with.
 
         Raises:
-            ConfigurationError: other weights than at the start, a version that is not new, or a probe that is none.
+            ConfigurationError: other weights than at the start, a version that is not new, a probe that is none, or a
+                publisher that is closed.
         """
         self.wait()
+        if self._is_over:
+            raise ConfigurationError(f"version {version} after close(); publish before")
         if version <= self.version:
             raise ConfigurationError(f"version {version} after {self.version}; count up")
         if not 2 <= len(probe_tokens) <= MAX_PROBE or len(probe_logprobs) != len(probe_tokens) - 1:
@@ -182,7 +185,7 @@ class WeightPublisher:
         """
         begin_s = clock.now_s()
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs)
+            self._changed.wait_for(lambda: not self._jobs or self._is_over)
         self.exposed_s += clock.now_s() - begin_s
         if self._error is not None:
             raise self._error

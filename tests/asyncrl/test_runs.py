@@ -193,7 +193,8 @@ class TestFaults:
     def test_a_worker_that_never_gets_anywhere_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """However slowly it dies."""
         monkeypatch.setattr(process, "_DEATH_WINDOW_S", 0.0)
-        with pytest.raises(WorkerFailedError, match=r"left with status 3, for the 6th time in a row"):
+        monkeypatch.setattr(process, "_MAX_DEATHS", 1)
+        with pytest.raises(WorkerFailedError, match=r"left with status 3; 2 of its processes in a row have died"):
             _fit(rl.make_data(rollout_engine=lambda: os._exit(3)))
 
     def test_an_engine_that_raises_ends_the_run_with_its_traceback(self) -> None:

@@ -240,6 +240,14 @@ class TestBadInput:
             with pytest.raises(ConfigurationError, match="version 4 after 4"):
                 publisher.publish(weights, 4, PROBE, torch.zeros(5))
 
+    def test_nothing_is_published_or_waited_for_after_the_end(self) -> None:
+        model = _model(0)
+        with WeightPublisher(model.state_dict()) as publisher:
+            _publish(publisher, model, 0)
+        publisher.wait()
+        with pytest.raises(ConfigurationError, match="version 1 after close"):
+            _publish(publisher, model, 1)
+
     def test_a_probe_that_is_none_is_refused(self) -> None:
         weights = {"a": torch.zeros(3)}
         with WeightPublisher(weights) as publisher:
