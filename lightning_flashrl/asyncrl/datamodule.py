@@ -243,6 +243,7 @@ class StreamingDataModule(L.LightningDataModule):
         *,
         limit: int | None,
         filters_uninformative: bool,
+        redoes_steps: bool,
     ) -> HostSession:
         """Begin the session on rank 0.
 
@@ -253,6 +254,7 @@ class StreamingDataModule(L.LightningDataModule):
             reference: the reference policy, for runs that have one.
             limit: prompt groups to be trained in all; ``None`` for no limit.
             filters_uninformative: whether groups with equal rewards are replaced.
+            redoes_steps: whether a rank that dies has a successor, which does its part of a step again.
         """
         make_engine = self._rollout_engine or engine.rollout_factory(
             self.sampling(), num_slots=self.rollout.num_slots, max_length=self.rollout.max_length
@@ -266,6 +268,7 @@ class StreamingDataModule(L.LightningDataModule):
             self.max_staleness,
             limit=limit,
             filters_uninformative=filters_uninformative,
+            redoes_steps=redoes_steps,
             weights=engine.weights(),
             version=version,
             score=engine.score,

@@ -28,6 +28,7 @@ from lightning_flashrl.asyncrl.steps import CRITIC, CRITIC_UPDATE
 from lightning_flashrl.engines import CriticEngine, Prompt, TrainerEngine
 from lightning_flashrl.engines.trainer import ExperienceBatch
 from lightning_flashrl.errors import ConfigurationError, RewardError
+from lightning_flashrl.strategies.ddp import FlashDDPStrategy
 from lightning_flashrl.tasks import Problem
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -183,6 +184,7 @@ class AsyncRL(L.LightningModule):
                 self._reference_policy(),
                 limit=self._limit(),
                 filters_uninformative=self.algorithm.filters_uninformative,
+                redoes_steps=isinstance(trainer.strategy, FlashDDPStrategy),
             )
             address = session.address
         address = trainer.strategy.broadcast(address)
@@ -231,6 +233,7 @@ class AsyncRL(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Wait until every rank has said that its rows are trained: the books are right then, and the queue may go."""
         self.trainer.strategy.barrier("flashrl-epoch")
+        self.data.session().finish(self.policy_version)
 
     def on_train_end(self) -> None:
         """End rollouts."""

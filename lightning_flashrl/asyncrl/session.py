@@ -12,6 +12,7 @@ rank 0                 the copy of the weights, before an update   the publisher
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +117,8 @@ class Session:
         self._queue = queue
         self._steps = steps
         self._replica_rank = replica_rank
+        self._version = -1
+        self._num_taken: collections.Counter[str] = collections.Counter()  # micro-batches of this step, by task
         self._held: list[Lease] = []
 
     def micro_batches(self, version: int) -> Iterator[Lease]:
@@ -123,6 +126,7 @@ class Session:
 
         Raises:
             WorkerFailedError: nobody generates any more.
+            LeaseLostError: this rank was without a word for so long that its rows went to others.
         """
         tasks = list(self.stages.trained)
         while tasks:
@@ -132,6 +136,7 @@ class Session:
                 continue
             self._hold(lease)
             yield lease
+        self._held = [self._queue.renew(lease) for lease in self._held]
 
     def take(self, task: str, version: int, count: int | None = None, *, timeout_s: float) -> Lease | None:
         """Take rows for one task, if there are any more: this rank's next micro-batch if it is one that trains.
@@ -166,6 +171,7 @@ class Session:
         except EndOfStream:
             return True
         self._queue.release(lease)
+        self._num_taken[task] -= 1
         return False
 
     def _hold(self, lease: Lease) -> None:
@@ -197,14 +203,20 @@ class Session:
         return None
 
     def _lease(self, task: str, version: int, timeout_s: float) -> Lease:
-        return self._queue.lease(
+        if version != self._version:  # the rows of the last step are final now, and no longer this rank's
+            self._version, self._held = version, []
+            self._num_taken.clear()
+        lease = self._queue.lease(
             task,
             self.stages.fields(task),
             tokens=self._steps.micro_batch_tokens,
             policy_version=version,
             replica_rank=self._replica_rank,
+            micro_batch=self._num_taken[task],
             timeout_s=timeout_s,
         )
+        self._num_taken[task] += 1
+        return lease
 
     def commit(self, lease: Lease, data: Mapping[str, Any]) -> None:
         """Write what was computed of a lease's rows, and be done with them."""
@@ -224,9 +236,9 @@ class Session:
             weights: after the update.
             version: of these weights.
         """
-        held, self._held = self._held, []
-        for lease in held:
-            self._queue.commit(lease)
+
+    def finish(self, version: int) -> None:
+        """Say that no rank will redo a step that starts from an earlier version."""
 
     def before_update(self) -> None:
         """Return when the weights may change."""
@@ -266,6 +278,7 @@ class HostSession(Session):
         max_staleness: in policy versions.
         limit: prompt groups to be trained in all; ``None`` for no limit.
         filters_uninformative: whether groups with equal rewards are replaced.
+        redoes_steps: whether a rank that dies has a successor, which does its part of a step again.
         weights: of the policy; the live ones.
         version: of these weights.
         score: log-probs of a sequence under the live weights.
@@ -287,6 +300,7 @@ class HostSession(Session):
         *,
         limit: int | None,
         filters_uninformative: bool,
+        redoes_steps: bool = False,
         weights: Mapping[str, Tensor],
         version: int,
         score: Callable[[Tensor], Tensor],
@@ -302,6 +316,7 @@ class HostSession(Session):
             waits_for_all=workflow is Workflow.SYNC,
             filters_uninformative=filters_uninformative,
             limit=limit,
+            redoes_steps=redoes_steps,
         )
         self._score = score
         self._has_warned = False
@@ -407,8 +422,17 @@ class HostSession(Session):
     def step_done(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Publish the new weights, and let the next step and its prompts begin."""
         self.publisher.publish(weights, version, self._probe, self._score(self._probe))
-        self.plan.step_done()
-        super().step_done(weights, version)
+        self.plan.step_done(version)
+        self._refresh()
+
+    def finish(self, version: int) -> None:
+        """Commit the rows of steps that no rank will redo."""
+        self.plan.finalize(version)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for task in self.stages.trained:
+            self.host_queue.control.refresh(task)
 
     def check(self) -> None:
         """Say what went wrong with prompts or workers.
@@ -452,11 +476,12 @@ class HostSession(Session):
         with self.plan.changed:
             dropped = self.plan.num_failed + self.plan.num_uninformative
         dropped += update.num_stale - self.plan.num_uninformative
+        num_decided = self.plan.num_decided(UPDATE)
         return {
             "rows_generated": float(counts.tasks["rollout"].num_committed),
-            "rows_committed": float(update.num_committed),
+            "rows_committed": float(update.num_committed + num_decided),
             "rows_dropped": float(dropped),
-            "rows_left": float(update.num_open),
+            "rows_left": float(update.num_open - num_decided),
             "rows_lost": float(counts.num_put - update.num_committed - dropped - update.num_open),
             "rollout_idle_share": self._idle_share("rollout"),
             "exposed_sync_s": self.publisher.exposed_s,

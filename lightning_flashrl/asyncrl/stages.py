@@ -86,6 +86,6 @@ class Stages:
         if self.has_reference:
             tasks[REFERENCE] = Task(REFERENCE_FIELDS)
         for task in self.trained:
-            sampler = StepSampler(plan, task, leads=task == self.trained[0])
+            sampler = StepSampler(plan, task, leads=task == self.trained[0], commits_steps=task != CRITIC)
             tasks[task] = Task(self.fields(task), sampler, token_fields=_TOKEN_FIELDS)
         return tasks

@@ -9,6 +9,10 @@
 The sampler hands the micro-batches of a step to whichever data-parallel rank asks first, and tells each rank when the
 step has no more: the stream of that step ends. The next step begins with :meth:`StepPlan.step_done`.
 
+A lease is no promise to train: rows are committed with the step that they feed, all at once, when that step can no
+longer be redone. Until then a replica that asks again for a micro-batch gets the same rows in the same order, and so
+does its successor.
+
 =====================  ================================================  ==============================
 who                    waits for                                         unblocked by
 =====================  ================================================  ==============================
@@ -47,9 +51,13 @@ class StepPlan:
         waits_for_all: whether a step begins only when it has all its groups (synchronous training).
         filters_uninformative: whether groups with equal rewards are replaced.
         limit: groups to be trained in all; ``None`` for no limit.
+        redoes_steps: whether a replica that is gone has a successor, which does its part of the step again. Its rows
+            wait for that; else they go to others, and a step is final when it is done.
 
     Attributes:
         changed: the lock, and the bell when there may be room.
+        shares: rows by task, step, and replica rank with the number of its micro-batch; of steps that are not final.
+        final_version: steps that start from earlier versions are final: they are never redone.
         has_ended: there are no more prompts.
         num_uninformative: rows that were replaced because their group had equal rewards.
         num_uninformative_in_a_row: those since a step last took a group.
@@ -65,9 +73,13 @@ class StepPlan:
         waits_for_all: bool,
         filters_uninformative: bool = False,
         limit: int | None = None,
+        redoes_steps: bool = False,
     ) -> None:
         self.gate = gate
         self.group_size = group_size
+        self.redoes_steps = redoes_steps
+        self.shares: dict[str, dict[int, dict[tuple[int, int], list[int]]]] = {}
+        self.final_version = gate.version
         self.waits_for_all = waits_for_all
         self.filters_uninformative = filters_uninformative and group_size > 1
         self.changed = threading.Condition(threading.RLock())
@@ -93,11 +105,33 @@ class StepPlan:
         """Groups that are neither trained nor under way; those that fail are replaced."""
         return None if self.limit is None else max(0, self.limit - self.gate.num_trained - self.gate.num_open)
 
-    def step_done(self) -> None:
-        """The current step is committed; the next one begins."""
+    def step_done(self, version: int) -> None:
+        """A step is decided, and the next one begins. To say so again changes nothing.
+
+        Args:
+            version: of the policy after it.
+        """
         with self.changed:
-            self.gate.trained()
-            self.changed.notify_all()
+            if version > self.gate.version:
+                self.gate.trained()
+                if not self.redoes_steps:
+                    self.final_version = version
+                self.changed.notify_all()
+
+    def finalize(self, version: int) -> None:
+        """No replica will redo a step that starts from an earlier version."""
+        with self.changed:
+            self.final_version = max(version, self.final_version)
+
+    def num_decided(self, task: str) -> int:
+        """Return the rows of steps that are done, but not final."""
+        with self.changed:
+            return sum(
+                len(rows)
+                for version, shares in self.shares.get(task, {}).items()
+                for rows in shares.values()
+                if version < self.gate.version
+            )
 
     def drop(self, group: int) -> None:
         """A group will never be trained; another one may begin."""
@@ -108,7 +142,8 @@ class StepPlan:
 class StepSampler(Sampler):
     """Micro-batches of whole prompt groups, step by step.
 
-    Leases name the step in ``policy_version`` and a budget in ``tokens``. A group larger than the budget comes alone.
+    Leases name the step in ``policy_version``, the number of the replica's ``micro_batch`` in it and a budget in
+    ``tokens``. A group larger than the budget comes alone.
     On-policy (without staleness) groups come in the order in which they were put, so that a step has the same
     micro-batches whether it waits for all its rows or not.
 
@@ -117,15 +152,20 @@ class StepSampler(Sampler):
         task: whose sampler it is.
         leads: whether it is this sampler that lets the step take groups. One that does not hands out the groups that
             another task's sampler let it take, as they become ready for its own task.
+        commits_steps: whether rows are committed with their step. If not, consumers commit them.
     """
 
     tags = (_GROUP, _REWARD)
 
-    def __init__(self, plan: StepPlan, task: str = UPDATE, *, leads: bool = True) -> None:
+    def __init__(self, plan: StepPlan, task: str = UPDATE, *, leads: bool = True, commits_steps: bool = True) -> None:
         super().__init__()
         self._plan = plan
         self._task = task
         self._leads = leads
+        self._commits_steps = commits_steps
+        self._shares = plan.shares.setdefault(task, {})
+        self._home: dict[int, tuple[int, tuple[int, int]]] = {}  # row → step and share
+        self._returned: set[int] = set()  # rows of a share that nobody has leased now
         self._groups: dict[int, dict[int, tuple[int, float]]] = {}  # group → row → tokens and reward
         self._group_of: dict[int, int] = {}
         self._num_gone: dict[int, int] = {}  # rows of a group that will never come
@@ -134,20 +174,21 @@ class StepSampler(Sampler):
         self._handed: set[int] = set()  # groups of the step that were handed out
 
     def __deepcopy__(self, _: dict[int, Any]) -> StepSampler:
-        return StepSampler(self._plan, self._task, leads=self._leads)
+        return StepSampler(self._plan, self._task, leads=self._leads, commits_steps=self._commits_steps)
 
     def __len__(self) -> int:
-        return len(self._group_of)
+        return len(self._group_of) + len(self._returned)
 
     def check(self, demand: Demand) -> None:
         """Refuse leases that do not say which step they are for.
 
         Raises:
-            ConfigurationError: no step, or no budget.
+            ConfigurationError: no step, no number or no budget.
         """
-        if demand.tokens is None or demand.policy_version is None:
+        if demand.tokens is None or demand.policy_version is None or demand.micro_batch is None:
             raise ConfigurationError(
-                f"task {self._task!r} hands out micro-batches of a step; give lease(tokens=..., policy_version=...)"
+                f"task {self._task!r} hands out micro-batches of a step; give lease(tokens=..., policy_version=..., "
+                "micro_batch=...)"
             )
 
     # ------------------------------------------------------------------ rows come and go
@@ -160,6 +201,8 @@ class StepSampler(Sampler):
             for row, group, reward, tokens in zip(
                 candidates.rows.tolist(), groups, rewards, candidates.num_tokens.tolist(), strict=True
             ):
+                if self._goes_home(row):
+                    continue
                 if group not in known:
                     self._stale.append(row)
                     continue
@@ -167,17 +210,35 @@ class StepSampler(Sampler):
                 self._group_of[row] = group
                 self._handed.discard(group)
 
+    def _goes_home(self, row: int) -> bool:
+        """Whether a row that came back from a lease still belongs to a replica's share."""
+        if row not in self._home:
+            return False
+        step, share = self._home[row]
+        if self._plan.redoes_steps or step < self._plan.gate.version:
+            self._returned.add(row)
+            return True
+        for other in self._shares[step].pop(share, ()):
+            del self._home[other]
+        return False
+
     def discard(self, rows: Iterable[int]) -> None:
         """Let go of rows; those that are not held are ignored."""
         for row in rows:
+            self._returned.discard(row)
             group = self._group_of.pop(row, None)
             if group is not None:
                 del self._groups[group][row]
 
     def drop(self, candidates: Candidates) -> None:
         """Forget rows that will never be ready: their groups do not wait for them."""
-        self.discard(candidates.rows.tolist())
+        rows = candidates.rows.tolist()
+        self.discard(rows)
         with self._plan.changed:
+            for row in rows:
+                if row in self._home:
+                    step, share = self._home.pop(row)
+                    self._shares[step][share].remove(row)
             if self._leads:
                 self._plan.num_failed += len(candidates.rows)
                 self._plan.num_failed_in_a_row += len(candidates.rows)
@@ -202,13 +263,19 @@ class StepSampler(Sampler):
         """
         assert demand.tokens is not None
         assert demand.policy_version is not None
-        plan = self._plan
+        assert demand.micro_batch is not None
+        plan, step, share = self._plan, demand.policy_version, (demand.replica_rank, demand.micro_batch)
         with plan.changed:
             gate = plan.gate
-            if demand.policy_version > gate.version:
+            # Nobody begins a step before all are through with the one before: that one is never redone.
+            plan.finalize(min(step, gate.version))
+            if rows := self._shares.get(step, {}).get(share):
+                self._returned.difference_update(rows)
+                return list(rows)
+            if step > gate.version:
                 return []
-            if demand.policy_version < gate.version:
-                raise EndOfStream(self._task, f"step {demand.policy_version} is over")
+            if step < gate.version:
+                raise EndOfStream(self._task, f"step {step} is over")
             if self._step != gate.version:
                 self._step = gate.version
                 self._handed.clear()
@@ -222,7 +289,22 @@ class StepSampler(Sampler):
                 return []
             if plan.waits_for_all and not is_complete:
                 return []
-            return self._portion(demand.tokens, is_complete)
+            rows = self._portion(demand.tokens, is_complete)
+            if rows and self._commits_steps:
+                self._shares.setdefault(step, {})[share] = rows
+                self._home.update(dict.fromkeys(rows, (step, share)))
+            return list(rows)
+
+    def take_done(self) -> list[int]:
+        """Return the rows of steps that have become final since the last call."""
+        done = []
+        with self._plan.changed:
+            for step in [step for step in self._shares if step < self._plan.final_version]:
+                done += [row for rows in self._shares.pop(step).values() for row in rows]
+        for row in done:
+            del self._home[row]
+        self._returned.difference_update(done)
+        return done
 
     def _pick(self) -> None:
         """Let the step take groups that are whole."""

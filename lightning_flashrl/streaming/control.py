@@ -429,6 +429,18 @@ class Control:
         with self._acting():
             self.ledger.clear(rows)
 
+    def refresh(self, task: str) -> None:
+        """Look at a task's rows again: what its sampler decides by has changed outside of the queue.
+
+        Raises:
+            UnknownTaskError: no such task.
+        """
+        with self._acting():
+            for pool in self.ledger.pools(task):
+                self.ledger.drain(pool)
+                if pool in self._lines:
+                    self._serve(pool)
+
     def close(self) -> None:
         """No more rows will come: waiting producers are refused, consumers get what is left, then the end."""
         with self._acting():

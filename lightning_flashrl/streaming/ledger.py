@@ -340,15 +340,17 @@ class Ledger:
         try:
             taken = np.array(pool.sampler.take(demand), dtype=np.int64)
         except EndOfStream:
+            self.drain(pool)
             raise
         except Exception as error:  # noqa: BLE001 - the user's own class
             pool.failure = error
         pool.check()
-        self._drop_stale(state, pool)
+        self.drain(pool)
         if not len(taken):
             if self.is_closed and not state.counts.num_open:
                 raise EndOfStream(pool.task)
             return None
+        self._take_over(state, taken)
         self._discard(state, taken, pool)
         lease = LeaseRecord(secrets.randbits(63), pool.task, owner, taken, fields, timeout_s, now_s + timeout_s)
         self._leases[lease.lease_id] = lease
@@ -363,12 +365,43 @@ class Ledger:
             located.append(Written(name, cells[:, index], cells[:, index + len(self._column)]))
         return lease, located
 
-    def _drop_stale(self, state: _TaskState, pool: Pool) -> None:
+    def drain(self, pool: Pool) -> None:
+        """Be done with rows of which a sampler says so."""
+        state = self._tasks[pool.task]
         stale = np.array(pool.sampler.take_stale(), dtype=np.int64)
         if len(stale):
             self._discard(state, stale, pool)
             state.counts.num_stale += len(stale)
             self._commit_rows(state, stale, self._cells[stale])
+        done = self._uncommitted(state, pool.sampler.take_done())
+        if len(done):
+            self._discard(state, done, pool)
+            self._end_leases(state, done, "was committed by its sampler")
+            state.counts.num_committed += len(done)
+            self._commit_rows(state, done, self._cells[done])
+
+    def _uncommitted(self, state: _TaskState, numbers: Sequence[int]) -> Rows:
+        """Return those that exist, and that no consumer of the task has committed."""
+        rows = np.array(numbers, dtype=np.int64)
+        rows = rows[~np.isin(rows, self._table.missing(rows))]
+        is_open: npt.NDArray[np.bool_] = (self._cells[rows][:, _COMMITTED] & state.bit) == 0
+        return rows[is_open]
+
+    def _take_over(self, state: _TaskState, rows: Rows) -> None:
+        """Rows that a sampler hands out although somebody has leased them are that consumer's no more."""
+        if (self._cells[rows][:, _LEASED] & state.bit).any():
+            state.counts.num_redelivered += self._end_leases(state, rows, "went to a successor")
+
+    def _end_leases(self, state: _TaskState, rows: Rows, why: str) -> int:
+        """Take the leases of a task off some rows, and return off how many."""
+        num_ended = 0
+        for lease in [lease for lease in self._leases.values() if self._tasks[lease.task] is state]:
+            some = lease.rows[np.isin(lease.rows, rows)]
+            if len(some):
+                ended, cells = self._end(lease, why, some)
+                self._cells[ended] = cells
+                num_ended += len(ended)
+        return num_ended
 
     def _discard(self, state: _TaskState, rows: Rows, but: Pool) -> None:
         for pool in state.pools:
@@ -575,6 +608,14 @@ class Ledger:
         self.num_cleared += len(rows)
 
     # ------------------------------------------------------------------ looking
+    def pools(self, task: str) -> list[Pool]:
+        """Return the pools of a task.
+
+        Raises:
+            UnknownTaskError: the queue was not made for this task.
+        """
+        return list(self._state(task).pools)
+
     def statistics(self) -> dict[str, TaskStatistics]:
         """Return each task's view."""
         return {

@@ -91,6 +91,7 @@ class TakeLease(Message, frozen=True):
     allow_partial: bool
     replica_rank: int
     policy_version: int | None
+    micro_batch: int | None
     sampler: str | None
     lease_timeout_s: float
     timeout_s: float | None

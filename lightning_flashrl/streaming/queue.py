@@ -85,6 +85,7 @@ class LeaseOptions(TypedDict, total=False):
     allow_partial: bool
     replica_rank: int
     policy_version: int | None
+    micro_batch: int | None
     lease_timeout_s: float | None
 
 
@@ -147,6 +148,7 @@ class QueueVerbs(abc.ABC):
         allow_partial: bool = False,
         replica_rank: int = 0,
         policy_version: int | None = None,
+        micro_batch: int | None = None,
         lease_timeout_s: float | None = None,
     ) -> Lease:
         """Take rows that are ready; they are the caller's until it commits or releases them.
@@ -162,6 +164,8 @@ class QueueVerbs(abc.ABC):
                 task come in any case.
             replica_rank: which data-parallel replica asks, for samplers that divide rows between them.
             policy_version: the version that will be trained, for samplers that bound staleness.
+            micro_batch: how many micro-batches of this step the replica has asked for before, for samplers that give
+                the same rows again to who asks again.
             lease_timeout_s: how long the lease lasts without being renewed; then its rows go to others.
 
         Raises:
@@ -171,7 +175,7 @@ class QueueVerbs(abc.ABC):
             UnknownFieldError: no such field.
             ConfigurationError: a count or time-out that cannot be, or that the sampler can never serve.
         """
-        demand = Demand(count, tokens, allow_partial, False, replica_rank, policy_version)
+        demand = Demand(count, tokens, allow_partial, False, replica_rank, policy_version, micro_batch)
         request = self._request(task, fields, demand, sampler, lease_timeout_s)
         return self._lease(request, _check_timeout("timeout_s", timeout_s))
 

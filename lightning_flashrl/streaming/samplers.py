@@ -51,6 +51,8 @@ class Demand:
         is_last: no more rows will become ready, so that what is ready will have to do.
         replica_rank: which of the task's data-parallel replicas asks.
         policy_version: the version that the consumer will train, for samplers that look at staleness.
+        micro_batch: how many micro-batches of this step the replica has asked for before, for samplers that give the
+            same rows again to who asks again.
     """
 
     count: int | None = None
@@ -59,6 +61,7 @@ class Demand:
     is_last: bool = False
     replica_rank: int = 0
     policy_version: int | None = None
+    micro_batch: int | None = None
 
     @property
     def takes_less(self) -> bool:
@@ -220,6 +223,13 @@ class Sampler:
         """Return the rows that were found too old since the last call; they have been forgotten."""
         stale, self._stale = self._stale, []
         return stale
+
+    def take_done(self) -> list[int]:
+        """Return rows that are done with, whoever has leased them, since the last call; they have been forgotten.
+
+        For samplers that know when that is. Here it is consumers who commit.
+        """
+        return []
 
     # ------------------------------------------------------------------ inside
     def _offer_if_complete(self, group: int, unit: _Unit) -> None:

@@ -316,6 +316,7 @@ class TransferQueueServer:
             False,
             request.replica_rank,
             request.policy_version,
+            request.micro_batch,
         )
         asked = LeaseRequest(request.task, request.fields, demand, owner, request.lease_timeout_s, request.sampler)
         ticket = control.lease(asked, lambda ticket: self._on_done(peer, request_id, ticket))
@@ -697,6 +698,7 @@ class TransferQueueClient(QueueVerbs):
             demand.allow_partial,
             demand.replica_rank,
             demand.policy_version,
+            demand.micro_batch,
             request.sampler,
             request.timeout_s,
             timeout_s,

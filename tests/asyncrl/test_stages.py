@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -25,6 +26,7 @@ class Desk:
         self.stages = stages
         self.plan = StepPlan(StalenessGate(max_staleness, batch), GROUP_SIZE, waits_for_all=False, limit=limit)
         self.queue = TransferQueue(stages.schema, stages.tasks(self.plan))
+        self.asked: collections.Counter[tuple[str, int]] = collections.Counter()
 
     def put(self, groups: Sequence[int]) -> tuple[int, ...]:
         self.plan.gate.begin(groups)
@@ -48,7 +50,15 @@ class Desk:
         self.queue.put(data, rows)
 
     def lease(self, task: str, version: int = 0, tokens: int = 6) -> Lease:
-        return self.queue.lease_nowait(task, self.stages.fields(task), tokens=tokens, policy_version=version)
+        lease = self.queue.lease_nowait(
+            task,
+            self.stages.fields(task),
+            tokens=tokens,
+            policy_version=version,
+            micro_batch=self.asked[task, version],
+        )
+        self.asked[task, version] += 1
+        return lease
 
     def judge(self, lease: Lease) -> None:
         lengths = lease["response.tokens"].lengths
@@ -97,9 +107,9 @@ def test_each_update_gets_every_row_once_and_the_next_step_begins_anew(desk: Des
             leases = [desk.lease(task, version) for _ in groups]
             assert tuple(row for lease in leases for row in lease.rows) == rows
             assert desk.is_over(task, version)
-            for lease in leases:
-                desk.queue.commit(lease)
-        desk.plan.step_done()
+        desk.plan.step_done(version + 1)
+    for task in desk.stages.trained:
+        desk.queue.control.refresh(task)
     found = desk.queue.statistics()
     assert found.num_rows == 0
     assert {found.tasks[task].num_committed for task in desk.stages.trained} == {8}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, StepPlan, StepSampler
 from lightning_flashrl.engines.experience import EXPERIENCE
-from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseTimeoutError
+from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError
 from lightning_flashrl.streaming import Lease, Task, TransferQueue
 from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import StalenessGate
@@ -24,6 +27,7 @@ class Run:
 
     def __init__(self, prompts: int = 2, group_size: int = 2, max_staleness: int = 0, **settings: Any) -> None:
         settings.setdefault("waits_for_all", False)
+        self.asked: collections.Counter[tuple[int, int]] = collections.Counter()
         self.plan = StepPlan(StalenessGate(max_staleness, prompts), group_size, **settings)
         self.queue = TransferQueue(
             EXPERIENCE,
@@ -53,8 +57,18 @@ class Run:
         }
         self.queue.commit(lease, data, rows=[row])
 
-    def take(self, step: int, tokens: int = 100) -> Lease:
-        return self.queue.lease(UPDATE, tokens=tokens, policy_version=step, timeout_s=0.3)
+    def take(self, step: int, tokens: int = 100, micro_batch: int | None = None, replica_rank: int = 0) -> Lease:
+        asked = self.asked[step, replica_rank]
+        lease = self.queue.lease(
+            UPDATE,
+            tokens=tokens,
+            policy_version=step,
+            micro_batch=asked if micro_batch is None else micro_batch,
+            replica_rank=replica_rank,
+            timeout_s=0.3,
+        )
+        self.asked[step, replica_rank] += micro_batch is None
+        return lease
 
 
 @pytest.fixture
@@ -86,7 +100,7 @@ def test_a_step_is_handed_out_in_micro_batches_and_ends(make: Any) -> None:
         run.take(0)
     with pytest.raises(LeaseTimeoutError):
         run.take(1)
-    run.plan.step_done()
+    run.plan.step_done(1)
     with pytest.raises(EndOfStream, match="step 0 is over"):
         run.take(0)
     assert list(run.prompts(6)[0][0]["prompt.min_version"]) == [1] * 6
@@ -162,11 +176,72 @@ def test_the_limit_counts_what_is_trained(make: Any) -> None:
     for step in (0, 1):
         for prompt in run.prompts(2):
             run.answer(prompt)
-        run.queue.commit(run.take(step))
-        run.plan.step_done()
+        run.take(step)
+        run.plan.step_done(step + 1)
+        run.queue.control.refresh(UPDATE)
+    assert run.queue.statistics().tasks[UPDATE].num_committed == 4
     with pytest.raises(EndOfStream, match="no more prompts"):
         run.take(2)
     assert run.feeder.num_begun == 3
+
+
+def test_a_successor_gets_the_same_micro_batches_in_the_same_order(make: Any) -> None:
+    run = make(prompts=3, redoes_steps=True)
+    for prompt in run.prompts(6):
+        run.answer(prompt)
+    lost, others, second = run.take(0, tokens=4), run.take(0, tokens=4, replica_rank=1), run.take(0, tokens=4)
+    run.queue.release(second)  # its owner is known to be gone, not yet the one of the other
+    with pytest.raises(EndOfStream, match="step 0 has no more rows"):
+        run.take(0, replica_rank=1)
+    assert [run.take(0, micro_batch=number).rows for number in (0, 1)] == [lost.rows, second.rows]
+    with pytest.raises(LeaseLostError, match="went to a successor"):
+        run.queue.renew(lost)
+    run.queue.renew(others)
+
+
+def test_rows_are_committed_with_their_step_once_it_can_not_be_redone(make: Any) -> None:
+    run = make(prompts=1, max_staleness=1, redoes_steps=True)
+    for prompt in run.prompts(4):
+        run.answer(prompt)
+    first = run.take(0)
+    run.plan.step_done(1)
+    run.queue.release(first)  # its owner dies with the step done, and its successor does it again
+    counts = run.queue.statistics().tasks[UPDATE]
+    assert (counts.num_committed, counts.num_stale, run.plan.num_decided(UPDATE)) == (0, 0, 2)
+    assert run.take(0, micro_batch=0).rows == first.rows
+    run.plan.step_done(1)
+    assert run.plan.gate.version == 1
+    second = run.take(1)
+    counts = run.queue.statistics().tasks[UPDATE]
+    assert (counts.num_committed, counts.num_leased, run.plan.num_decided(UPDATE)) == (2, 2, 0)
+    with pytest.raises(EndOfStream, match="step 0 is over"):
+        run.take(0, micro_batch=0)
+    assert set(second.rows).isdisjoint(first.rows)
+
+
+def test_rows_of_a_replica_without_a_successor_go_to_others(make: Any) -> None:
+    run = make(prompts=2)
+    for prompt in run.prompts(4):
+        run.answer(prompt)
+    lost = run.take(0, tokens=4, replica_rank=1)
+    run.queue.release(lost)
+    assert groups(run.take(0)) == [1, 1, 0, 0]
+    with pytest.raises(EndOfStream, match="step 0 has no more rows"):
+        run.take(0, replica_rank=1)
+
+
+def test_rows_that_are_cleared_leave_their_share(make: Any) -> None:
+    run = make(prompts=1, redoes_steps=True)
+    for prompt in run.prompts(2):
+        run.answer(prompt)
+    lease = run.take(0)
+    run.queue.clear([lease.rows[0]])
+    assert run.take(0, micro_batch=0).rows == lease.rows[1:]
+    run.plan.step_done(1)
+    run.plan.finalize(1)
+    run.queue.control.refresh(UPDATE)
+    assert run.queue.statistics().tasks[UPDATE].num_committed == 1
+    assert run.queue.statistics().num_rows == run.queue.statistics().tasks["rollout"].num_open
 
 
 def test_leases_without_a_step_are_refused(make: Any) -> None:
@@ -183,3 +258,49 @@ def test_prompts_without_tokens_are_refused() -> None:
             torch.empty(0)
         feeder.close()
         assert isinstance(feeder.error, ConfigurationError)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_whoever_dies_each_row_is_trained_once_and_by_the_same_replica(data: st.DataObject) -> None:
+    """Two replicas take micro-batches in any order, lose their leases, begin again, die after the step is done."""
+    run = Run(prompts=3, max_staleness=1, redoes_steps=True, limit=9)
+    trained: dict[int, tuple[int, int]] = {}
+    try:
+        for step, num_new in enumerate((12, 6, 0)):
+            for prompt in run.prompts(num_new) if num_new else ():
+                run.answer(prompt)
+            taken: dict[tuple[int, int], tuple[int, ...]] = {}
+            is_through = {0: False, 1: False}
+            leases: dict[int, list[Lease]] = {0: [], 1: []}
+            while not all(is_through.values()):
+                replica = data.draw(st.sampled_from([r for r in (0, 1) if not is_through[r]]))
+                match data.draw(st.sampled_from(["take", "take", "die", "die unnoticed"])):
+                    case "die":
+                        for lease in leases[replica]:
+                            run.queue.release(lease)
+                        leases[replica] = []
+                    case "die unnoticed":
+                        leases[replica] = []
+                    case _:
+                        number = len(leases[replica])
+                        try:
+                            lease = run.take(step, 4, number, replica)
+                        except EndOfStream:
+                            is_through[replica] = not data.draw(st.booleans())  # else it goes on, and may die
+                            continue
+                        assert taken.setdefault((replica, number), lease.rows) == lease.rows
+                        leases[replica].append(lease)
+            run.plan.step_done(step + 1)
+            for (replica, _), rows in taken.items():
+                for row in rows:
+                    assert row not in trained
+                    trained[row] = (step, replica)
+        run.plan.finalize(3)
+        run.queue.control.refresh(UPDATE)
+        counts = run.queue.statistics()
+        assert counts.tasks[UPDATE].num_committed == len(trained) == 18
+        assert counts.num_rows == 0
+    finally:
+        run.feeder.close()
+        run.queue.shutdown()
