@@ -77,7 +77,9 @@ class TestWorkflows:
         assert len(set(found.values())) == 1, found
         assert found["sync"] != weights_sha256(dict(rl.make_engine().weights()))
 
-    @pytest.mark.parametrize("workflow", ["async", pytest.param("sub_step", marks=pytest.mark.slow), "in_flight"])
+    @pytest.mark.parametrize(
+        "workflow", ["async", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sub_step", "in_flight"))]
+    )
     def test_rows_are_trained_once_and_within_the_bound(self, workflow: str, tmp_path: Path) -> None:
         rollout = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=4, num_ahead=2, workers=2)
         recorder = RunRecorder(tmp_path)

@@ -23,48 +23,48 @@ SMALL_BUCKETS = "{'bucket_cap_mb': 0.005}"
 
 QUICK = f"""
 forward | 3 | {MANY} | kill rank=1 step=5 phase=forward |
-backward of rank 0 | 3 | {MANY} | kill rank=0 step=5 phase=backward |
-second step | 3 | {MANY} --die 0:1:backward | |
-before the step | 3 | {MANY} --die 1:6:before_step | |
 inside the optimizer | 3 | {MANY} --die 0:4:optimizer | |
-collective at batch end, by its count of updates | 3 | {MANY} | kill rank=1 step=6 phase=batch_end |
-validation, by its count of updates | 3 | {MANY} | kill rank=0 step=8 phase=validation count=2 |
 two steps out of order and one twice | 3 | | kill rank=1 step=8;kill rank=1 step=4;kill rank=1 step=4 |
 batch end | 3 | {MANY} --die 1:6:batch_end_late | |
 validation of rank 0 | 3 | {MANY} --die 0:8:validation | |
 sanity check | 3 | {MANY} --die 0:0:sanity | |
 saving a checkpoint | 3 | {MANY} --die 0:6:checkpoint | |
-epoch end | 3 | {MANY} --die 0:12:epoch_end_late | |
-train end | 3 | {MANY} --die 1:12:train_end | |
 a replacement saves a checkpoint | 3 | {MANY} | kill rank=1 step=5 phase=optimizer_step;kill rank=1 step=6 phase=checkpoint |
 set-up | 3 | {MANY} | kill rank=1 step=0 phase=setup |
-first step | 3 | {MANY} | kill rank=2 step=0 phase=backward |
 commit | 3 | | kill rank=1 step=4 phase=commit |
 optimizer step | 3 | | kill rank=0 step=4 phase=optimizer_step |
 all-reduce | 3 | --ddp "{SMALL_BUCKETS}" | kill rank=2 step=4 phase=all_reduce count=2 |
-last step | 3 | | kill rank=1 step=11 phase=forward |
-two at once | 4 | | kill rank=0 step=4 phase=forward;kill rank=3 step=4 phase=optimizer_step |
 all but one | 3 | | kill rank=0 step=4 phase=backward;kill rank=2 step=4 phase=backward |
 five times | 2 | | {";".join(f"kill rank=1 step={s} phase={p}" for s, p in [(2, "backward"), (2, "commit"), (4, "forward"), (6, "batch_start"), (8, "backward")])} |
 newcomer enters | 3 | --die 1:4:backward --die 1:1:enter:kill:1 | |
-newcomer receives | 3 | --die 1:4:backward --die 1:1:take:kill:1 | |
 donor gives | 3 | --die 1:4:backward --die 0:1:giving | |
 state is sent | 3 | --send --die 1:4:backward --die 1:1:take:kill:1 | |
 survivor in rendezvous | 3 | --die 1:4:backward --die 2:1:rendezvous | |
 stopped | 3 | | stop rank=1 step=4 phase=backward |
 segfault | 2 | | segfault rank=1 step=4 phase=forward |
-exit | 2 | | exit rank=1 step=4 phase=optimizer_step |
 holds the GIL | 2 | | gil rank=1 step=4 phase=forward | --hang-timeout 4
 accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
-averaged weights | 3 | --feature ema --feature best --val-every 4 --die 0:8:validation | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
+"""
+
+SLOW = f"""
+backward of rank 0 | 3 | {MANY} | kill rank=0 step=5 phase=backward |
+second step | 3 | {MANY} --die 0:1:backward | |
+before the step | 3 | {MANY} --die 1:6:before_step | |
+collective at batch end, by its count of updates | 3 | {MANY} | kill rank=1 step=6 phase=batch_end |
+validation, by its count of updates | 3 | {MANY} | kill rank=0 step=8 phase=validation count=2 |
+epoch end | 3 | {MANY} --die 0:12:epoch_end_late | |
+train end | 3 | {MANY} --die 1:12:train_end | |
+first step | 3 | {MANY} | kill rank=2 step=0 phase=backward |
+last step | 3 | | kill rank=1 step=11 phase=forward |
+two at once | 4 | | kill rank=0 step=4 phase=forward;kill rank=3 step=4 phase=optimizer_step |
+newcomer receives | 3 | --die 1:4:backward --die 1:1:take:kill:1 | |
+exit | 2 | | exit rank=1 step=4 phase=optimizer_step |
+averaged weights | 3 | --feature ema --feature best --val-every 4 --die 0:8:validation | |
 gradients collected by hand | 2 | --manual --feature single --feature collects | kill rank=1 step=1 phase=forward count=2;kill rank=0 step=2 phase=forward count=3 |
 sparse gradients | 2 | --feature sparse | kill rank=1 step=4 phase=backward |
 loaders made anew | 2 | --reload 1 --val-every 2 --sanity 1 | kill rank=1 step=8 phase=backward;kill rank=0 step=9 phase=batch_start |
 scaler | 2 | --precision 16-mixed --clip 0.5 --die 1:4:before_step | |
-"""
-
-SLOW = f"""
 buffers and frozen weights by hand | 2 | --feature byhand --width 64 | kill rank=1 step=8 phase=backward |
 iterable | 2 | --data iterable | kill rank=1 step=8 phase=backward |
 group added in training | 2 | --feature unfreeze --feature addgroup --ddp "{{'find_unused_parameters': True}}" | kill rank=1 step=8 phase=backward |
