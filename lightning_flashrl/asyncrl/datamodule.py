@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem, text_of
-from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
+from lightning_flashrl.asyncrl.session import (
+    LeadSession,
+    Policy,
+    Prompts,
+    RankSession,
+    Rollouts,
+    Session,
+    SessionAddress,
+)
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.engines import RolloutEngine, Sampling, TrainerEngine
@@ -243,8 +252,8 @@ class StreamingDataModule(L.LightningDataModule):
         *,
         limit: int | None,
         filters_uninformative: bool,
-        redoes_steps: bool,
-    ) -> HostSession:
+        home: HostHome | None,
+    ) -> LeadSession:
         """Begin the session on rank 0.
 
         Args:
@@ -254,7 +263,7 @@ class StreamingDataModule(L.LightningDataModule):
             reference: the reference policy, for runs that have one.
             limit: prompt groups to be trained in all; ``None`` for no limit.
             filters_uninformative: whether groups with equal rewards are replaced.
-            redoes_steps: whether a rank that dies has a successor, which does its part of a step again.
+            home: of a host in a process of its own, for ranks that may die and have successors.
         """
         make_engine = self._rollout_engine or engine.rollout_factory(
             self.sampling(), num_slots=self.rollout.num_slots, max_length=self.rollout.max_length
@@ -262,32 +271,38 @@ class StreamingDataModule(L.LightningDataModule):
         problems = self.source.starting_at(self._first_group)
         first = next(problems, None)
         problems = itertools.chain([] if first is None else [first], problems)
-        session = HostSession(
+
+        def open_at(group: int) -> Callable[[int], list[Problem]]:
+            opened = problems if group == self._first_group else self.source.starting_at(group)
+            return lambda count: list(itertools.islice(opened, count))
+
+        session = LeadSession(
             self.steps,
             self.workflow,
             self.max_staleness,
-            limit=limit,
-            filters_uninformative=filters_uninformative,
-            redoes_steps=redoes_steps,
-            weights=engine.weights(),
-            version=version,
-            score=engine.score,
             stages=stages,
-            reference=reference,
+            policy=Policy(
+                weights=engine.weights(),
+                version=version,
+                score=engine.score,
+                probe=_probe(self.tokenizer.encode, first),
+                reference=reference,
+            ),
             rollouts=Rollouts(
                 settings=self.rollout,
                 make_engine=make_engine,
                 reward=self.reward,
                 num_reward_workers=self._num_reward_workers,
-                encode=self.tokenizer.encode,
                 decode=self.decode,
-                take=lambda count: list(itertools.islice(problems, count)),
-                probe=_probe(self.tokenizer.encode, first),
-                first_group=self._first_group,
-                log_dir=self.log_dir,
-                seed=self.seed,
-                lease_timeout_s=self._lease_timeout_s,
             ),
+            prompts=Prompts(
+                open_at=open_at, encode=self.tokenizer.encode, first_group=self._first_group, seed=self.seed
+            ),
+            limit=limit,
+            filters_uninformative=filters_uninformative,
+            home=home,
+            log_dir=self.log_dir,
+            lease_timeout_s=self._lease_timeout_s,
         )
         self._session = session
         return session
@@ -315,14 +330,14 @@ class StreamingDataModule(L.LightningDataModule):
 
     def is_over(self) -> bool:
         """Whether all prompts have been trained, as far as this rank knows."""
-        return isinstance(self._session, HostSession) and self._session.is_over
+        return isinstance(self._session, LeadSession) and self._session.view().is_over
 
     def close_session(self) -> None:
         """End rollouts and let go of the queue."""
         session, self._session = self._session, None
         if session is not None:
-            if isinstance(session, HostSession):
-                self._first_group += session.num_finished_groups
+            if isinstance(session, LeadSession):
+                self._first_group += session.view().num_finished_groups
             session.close()
 
     # ------------------------------------------------------------------ Lightning's hooks
@@ -347,7 +362,7 @@ class StreamingDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the prompts were gone through."""
-        finished = self._session.num_finished_groups if isinstance(self._session, HostSession) else 0
+        finished = self._session.view().num_finished_groups if isinstance(self._session, LeadSession) else 0
         return {"first_group": self._first_group + finished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

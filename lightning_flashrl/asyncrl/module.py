@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from lightning_flashrl import clock
 from lightning_flashrl.algorithms import GRPO, PolicyOptimization, clipped_value_loss, sum_tokens
 from lightning_flashrl.asyncrl.datamodule import StepBatch, StreamingDataModule
+from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.metrics import StepMetrics
-from lightning_flashrl.asyncrl.session import HostSession, Session
+from lightning_flashrl.asyncrl.session import LeadSession, Session
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import CRITIC, CRITIC_UPDATE
 from lightning_flashrl.engines import CriticEngine, Prompt, TrainerEngine
@@ -184,7 +185,7 @@ class AsyncRL(L.LightningModule):
                 self._reference_policy(),
                 limit=self._limit(),
                 filters_uninformative=self.algorithm.filters_uninformative,
-                redoes_steps=isinstance(trainer.strategy, FlashDDPStrategy),
+                home=self._home(),
             )
             address = session.address
         address = trainer.strategy.broadcast(address)
@@ -193,6 +194,14 @@ class AsyncRL(L.LightningModule):
             data.join(address, trainer.global_rank, stages)
         self._step_began_s = clock.now_s()
         self._last_waited_s = 0.0
+
+    def _home(self) -> HostHome | None:
+        """Where ranks that may die find what they share; ``None`` where ranks end together."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, FlashDDPStrategy):
+            return None
+        assert strategy.runtime is not None
+        return HostHome(strategy.runtime.client, strategy.runtime.num_fits)
 
     def _stages(self) -> Stages:
         algorithm = self.algorithm
@@ -239,7 +248,7 @@ class AsyncRL(L.LightningModule):
         """End rollouts."""
         session = self.data.current_session
         self.data.close_session()
-        if isinstance(session, HostSession):  # workers have told the last that they know
+        if isinstance(session, LeadSession):  # workers have told the last that they know
             self._warn_of_failures(session)
 
     # ------------------------------------------------------------------ a step
@@ -380,7 +389,7 @@ class AsyncRL(L.LightningModule):
             "tokens_per_s": found["tokens"] / step_s,
             "idle_share/trainer": waited_s / step_s,
         }
-        if isinstance(session, HostSession):
+        if isinstance(session, LeadSession):
             logged |= session.metrics()
             self._warn_of_failures(session)
         self.last_step = logged
@@ -388,13 +397,13 @@ class AsyncRL(L.LightningModule):
         for name, value in logged.items():
             self.log(name, value, prog_bar=name in shown, batch_size=rows, rank_zero_only=True)
 
-    def _warn_of_failures(self, session: HostSession) -> None:
-        num_failed = session.num_failed
-        if num_failed and not self._has_warned:
+    def _warn_of_failures(self, session: LeadSession) -> None:
+        view = session.view()
+        if view.num_failed and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
-                f"{num_failed} completion(s) failed and are left out, as all later ones that fail (rows/failed counts "
-                f"them). {session.last_failure}"
+                f"{view.num_failed} completion(s) failed and are left out, as all later ones that fail (rows/failed "
+                f"counts them). {view.last_failure}"
             )
 
     # ------------------------------------------------------------------ validation

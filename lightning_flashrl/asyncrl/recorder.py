@@ -18,7 +18,7 @@ from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.datamodule import StreamingDataModule
 from lightning_flashrl.asyncrl.module import AsyncRL
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
-from lightning_flashrl.asyncrl.session import HostSession
+from lightning_flashrl.asyncrl.session import LeadSession
 
 _LOOK_S = 0.5
 _RANKS = ".ranks"
@@ -108,8 +108,8 @@ class RunRecorder(L.Callback):
                 with contextlib.suppress(ValueError):
                     known[int(path.read_text())] = ("trainer", int(path.name), "")
             session = getattr(getattr(trainer, "datamodule", None), "current_session", None)
-            if isinstance(session, HostSession):
-                known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.workers()}
+            if isinstance(session, LeadSession):
+                known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
             root = int(os.environ.get("FLASHRL_AGENT_PID", os.getpid()))
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
@@ -160,7 +160,7 @@ class RunRecorder(L.Callback):
         """Balance the books while the queue is there."""
         self._ended_s = clock.now_s()
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, StreamingDataModule) and isinstance(data.current_session, HostSession):
+        if isinstance(data, StreamingDataModule) and isinstance(data.current_session, LeadSession):
             self._books = data.current_session.books()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -27,7 +27,15 @@ from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.prompts import Backlog, Tokenizer, as_problem, text_of
-from lightning_flashrl.asyncrl.session import HostSession, RankSession, Rollouts, Session, SessionAddress
+from lightning_flashrl.asyncrl.session import (
+    LeadSession,
+    Policy,
+    Prompts,
+    RankSession,
+    Rollouts,
+    Session,
+    SessionAddress,
+)
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import UPDATE
@@ -225,14 +233,14 @@ class RLService(_Verbs):
         self._has_warned = False
 
     @property
-    def session(self) -> HostSession:
+    def session(self) -> LeadSession:
         """Queue, publisher and workers.
 
         Raises:
             ConfigurationError: there are none yet.
         """
         session = self._open()
-        assert isinstance(session, HostSession)
+        assert isinstance(session, LeadSession)
         return session
 
     def init_engines(
@@ -274,31 +282,30 @@ class RLService(_Verbs):
             has_critic=has_critic,
         )
         self._weights, self._version = weights, version
-        session = HostSession(
+        session = LeadSession(
             self.steps,
             self.workflow,
             self.max_staleness,
-            limit=None,
-            filters_uninformative=False,
-            weights=weights,
-            version=version,
-            score=score,
             stages=stages,
-            reference=reference,
+            policy=Policy(
+                weights=weights,
+                version=version,
+                score=score,
+                probe=torch.as_tensor(probe, dtype=torch.int64),
+                reference=reference,
+            ),
             rollouts=Rollouts(
                 settings=self.rollout,
                 make_engine=rollout_engine,
                 reward=self._reward,
                 num_reward_workers=num_reward_workers,
-                encode=self._tokenizer.encode,
                 decode=text_of(self._tokenizer),
-                take=self._backlog.take,
-                probe=torch.as_tensor(probe, dtype=torch.int64),
-                first_group=0,
-                log_dir=self._log_dir,
-                seed=self._seed,
-                lease_timeout_s=self._lease_timeout_s,
             ),
+            prompts=Prompts(
+                open_at=lambda _: self._backlog.take, encode=self._tokenizer.encode, first_group=0, seed=self._seed
+            ),
+            log_dir=self._log_dir,
+            lease_timeout_s=self._lease_timeout_s,
         )
         self._session = session
         return self.address
@@ -363,14 +370,12 @@ class RLService(_Verbs):
     def _check_prompts(self, waited_s: float) -> None:
         if self._has_warned or waited_s < _LONG_S or len(self._backlog):
             return
-        plan = self.session.plan
-        with plan.changed:
-            num_begun, is_short = plan.gate.num_open, plan.room() > 0
-        if is_short and num_begun < self.steps.prompts:
+        view = self.session.view()
+        if view.room and view.num_open < self.steps.prompts:
             self._has_warned = True
             warnings.warn(
-                f"a step of {self.steps.prompts} prompts waits, and there are {num_begun}; put_prompts_data(...) gives "
-                "more, and put_prompts_data([], is_last=True) says that there are none",
+                f"a step of {self.steps.prompts} prompts waits, and there are {view.num_open}; put_prompts_data(...) "
+                "gives more, and put_prompts_data([], is_last=True) says that there are none",
                 stacklevel=4,
             )
 

@@ -23,24 +23,19 @@ from typing import Any
 from torch import Tensor
 
 from lightning_flashrl import clock
+from lightning_flashrl.asyncrl.host import HostSettings, HostView, StreamHost
+from lightning_flashrl.asyncrl.host_process import HostHome, RemoteHost
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
-from lightning_flashrl.asyncrl.steps import CRITIC, UPDATE, Feeder, StepPlan, TakeProblems
+from lightning_flashrl.asyncrl.steps import CRITIC, Feeder, TakeProblems
 from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
-from lightning_flashrl.engines.process import Job, WorkerFleet, WorkerRecord, WorkerSettings
+from lightning_flashrl.engines.process import POLICY, REFERENCE_POLICY, Team, WorkerSettings
 from lightning_flashrl.engines.reference import ReferenceSettings
 from lightning_flashrl.engines.reward_task import RewardSettings
-from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError, WorkerFailedError, WouldBlock
-from lightning_flashrl.streaming import (
-    Lease,
-    QueueVerbs,
-    TransferQueue,
-    TransferQueueClient,
-    TransferQueueServer,
-)
+from lightning_flashrl.streaming import Lease, QueueVerbs, TransferQueueClient
 from lightning_flashrl.tasks import RewardFn
-from lightning_flashrl.weights import StalenessGate, WeightPublisher
+from lightning_flashrl.weights import Swap, WeightPublisher, WeightsAddress
 
 _MAX_FAILED = 64
 """So many rows, and two steps' worth of them, may fail one after the other before a run is given up."""
@@ -64,36 +59,96 @@ class SessionAddress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """What is asked.
+
+    Attributes:
+        open_at: gives problems from a number on.
+        encode: a prompt's tokens.
+        first_group: number of the first prompt group.
+        seed: of the rollouts.
+    """
+
+    open_at: Callable[[int], TakeProblems]
+    encode: Callable[[str], Sequence[int]]
+    first_group: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is trained.
+
+    Attributes:
+        weights: by name; the live ones.
+        version: of these weights.
+        score: log-probs ``[L - 1]`` of tokens ``[L]`` but the first under the live weights.
+        probe: ``[L]`` tokens by whose log-probs engines prove that they have new weights.
+        reference: a policy whose weights, as they are now, are the reference's; ``None`` for runs without one.
+    """
+
+    weights: Mapping[str, Tensor]
+    version: int
+    score: Callable[[Tensor], Tensor]
+    probe: Tensor
+    reference: TrainerEngine | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """What rank 0 needs to begin rollouts.
+    """Who generates and scores.
 
     Attributes:
         settings: how many workers, and how they sample.
         make_engine: makes a worker's engine, in its process; ``None`` if others generate.
         reward: scores; ``None`` if others do.
         num_reward_workers: processes that do so; 0 for the rollout workers themselves.
-        encode: a prompt's tokens.
         decode: a completion's text.
-        take: gives problems, from ``first_group`` on.
-        probe: ``[L]`` tokens by whose log-probs engines prove that they have new weights.
-        first_group: number of the first prompt group.
-        log_dir: where workers' output goes.
-        seed: of the rollouts.
-        lease_timeout_s: how long rows are a worker's or rank's without a word of it.
     """
 
     settings: RolloutSettings
     make_engine: Callable[[], RolloutEngine] | None
     reward: RewardFn | None
     num_reward_workers: int
-    encode: Callable[[str], Sequence[int]]
     decode: Callable[[list[int]], str]
-    take: TakeProblems
-    probe: Tensor
-    first_group: int
-    log_dir: Path | None
-    seed: int
-    lease_timeout_s: float
+
+    def teams(self, stages: Stages, swap: Swap, reference: TrainerEngine | None, max_tokens: int) -> Iterator[Team]:
+        """Iterate over the run's workers.
+
+        Args:
+            stages: the run's tasks.
+            swap: when rollout workers take new weights.
+            reference: the reference policy, for runs that have one.
+            max_tokens: of a lease and of a forward pass.
+
+        Raises:
+            ConfigurationError: a reward or engine that cannot be sent to another process.
+        """
+        settings = self.settings
+        if self.make_engine is not None:
+            rollout = WorkerSettings(
+                num_threads=settings.num_threads,
+                swap=swap,
+                make_engine=self.make_engine,
+                reward=None if stages.has_reward else self.reward,
+                decode=self.decode,
+                num_places=settings.num_slots + settings.num_ahead,
+            )
+            yield Team.of(rollout, settings.workers)
+        if self.reward is not None and self.num_reward_workers:
+            reward = RewardSettings(
+                num_threads=settings.num_threads,
+                reward=self.reward,
+                decode=self.decode,
+                num_processes=self.num_reward_workers,
+                timeout_s=settings.reward_timeout_s,
+            )
+            yield Team.of(reward, 1)
+        if reference is not None:
+            frozen = ReferenceSettings(
+                num_threads=settings.num_threads, make_engine=reference.twin_factory(), max_tokens=max_tokens
+            )
+            yield Team.of(frozen, settings.reference_workers)
 
 
 class Session:
@@ -269,27 +324,28 @@ class RankSession(Session):
         self._client.disconnect()
 
 
-class HostSession(Session):
-    """The session of rank 0, which hosts the streams.
+class LeadSession(Session):
+    """The session of rank 0, from where prompts come, and new weights.
 
     Args:
         steps: what a step is.
         workflow: how rollouts and training overlap.
         max_staleness: in policy versions.
+        stages: the run's tasks.
+        policy: what is trained.
+        rollouts: who generates and scores.
+        prompts: what is asked.
         limit: prompt groups to be trained in all; ``None`` for no limit.
         filters_uninformative: whether groups with equal rewards are replaced.
-        redoes_steps: whether a rank that dies has a successor, which does its part of a step again.
-        weights: of the policy; the live ones.
-        version: of these weights.
-        score: log-probs of a sequence under the live weights.
-        rollouts: who generates.
-        stages: the run's tasks.
-        reference: a policy whose weights, as they are now, are the reference's; for runs that have one.
+        home: of a host in a process of its own, for ranks that may die and have successors, which do their parts of a
+            step again; ``None`` for a host in this process.
+        log_dir: where workers' output goes; ``None`` leaves it in the terminal.
+        lease_timeout_s: how long rows are a worker's or rank's without a word of it.
 
     Attributes:
         address: for the other ranks.
-        plan: which rows each step gets.
         publisher: of the weights.
+        queue: the queue.
     """
 
     def __init__(
@@ -298,122 +354,82 @@ class HostSession(Session):
         workflow: Workflow,
         max_staleness: int,
         *,
-        limit: int | None,
-        filters_uninformative: bool,
-        redoes_steps: bool = False,
-        weights: Mapping[str, Tensor],
-        version: int,
-        score: Callable[[Tensor], Tensor],
-        rollouts: Rollouts,
         stages: Stages,
-        reference: TrainerEngine | None,
+        policy: Policy,
+        rollouts: Rollouts,
+        prompts: Prompts,
+        limit: int | None = None,
+        filters_uninformative: bool = False,
+        home: HostHome | None = None,
+        log_dir: Path | None = None,
+        lease_timeout_s: float,
     ) -> None:
-        gate = StalenessGate(0 if workflow.is_on_policy else max_staleness, steps.prompts)
-        gate.restored(version)
-        self.plan = StepPlan(
-            gate,
-            steps.group_size,
-            waits_for_all=workflow is Workflow.SYNC,
-            filters_uninformative=filters_uninformative,
-            limit=limit,
-            redoes_steps=redoes_steps,
-        )
-        self._score = score
+        self._policy = policy
         self._has_warned = False
         with contextlib.ExitStack() as stack:
-            queue = stack.enter_context(
-                TransferQueue(stages.schema, stages.tasks(self.plan), lease_timeout_s=rollouts.lease_timeout_s)
+            self._host: StreamHost | RemoteHost
+            found = None if home is None else home.find()
+            if found is not None:
+                self._host = found
+                self.publisher = stack.enter_context(WeightPublisher.attach(found.surroundings.weights[POLICY]))
+            else:
+                settings = HostSettings(
+                    steps=steps,
+                    workflow=workflow,
+                    max_staleness=0 if workflow.is_on_policy else max_staleness,
+                    stages=stages,
+                    version=policy.version,
+                    limit=limit,
+                    filters_uninformative=filters_uninformative,
+                    redoes_steps=home is not None,
+                    first_group=prompts.first_group,
+                    lease_timeout_s=lease_timeout_s,
+                    weights=self._publish_first(stack),
+                    teams=tuple(rollouts.teams(stages, workflow.swap, policy.reference, steps.micro_batch_tokens)),
+                    log_dir=log_dir,
+                )
+                self._host = StreamHost(settings) if home is None else home.start(settings)
+            stack.callback(self._host.close)
+            self.queue = self._host.queue
+            self.address = SessionAddress(self._host.surroundings.endpoint, self._host.surroundings.secret)
+            super().__init__(self.queue, steps, 0, stages)
+            self._feeder = Feeder(
+                self.queue, self._host, prompts.open_at, prompts.encode, group_size=steps.group_size, seed=prompts.seed
             )
-            super().__init__(queue, steps, 0, stages)
-            self.host_queue = queue
-            server = stack.enter_context(TransferQueueServer(queue))
-            self.address = SessionAddress(server.endpoint, server.secret)
-            self.publisher = stack.enter_context(WeightPublisher(weights))
-            self._probe = rollouts.probe
-            self.publisher.publish(weights, version, self._probe, score(self._probe))
-            self.publisher.wait()
-            self._fleets: dict[str, WorkerFleet] = {}
-            if rollouts.make_engine is not None:
-                self._start_rollouts(stack, rollouts, rollouts.make_engine, workflow)
-            if rollouts.reward is not None and rollouts.num_reward_workers:
-                self._start_rewards(stack, rollouts, rollouts.reward)
-            if reference is not None:
-                self._start_reference(stack, rollouts, reference, version)
-            self.feeder = Feeder(
-                queue,
-                self.plan,
-                rollouts.take,
-                rollouts.encode,
-                first_group=rollouts.first_group,
-                seed=rollouts.seed,
-            )
-            stack.callback(self.feeder.close)
+            stack.callback(self._feeder.close)
             self._resources = stack.pop_all()
 
-    def _start_rollouts(
-        self,
-        stack: contextlib.ExitStack,
-        rollouts: Rollouts,
-        make_engine: Callable[[], RolloutEngine],
-        workflow: Workflow,
-    ) -> None:
-        settings = rollouts.settings
-        job = WorkerSettings(
-            endpoint=self.address.endpoint,
-            secret=self.address.secret,
-            num_threads=settings.num_threads,
-            weights=self.publisher.address,
-            swap=workflow.swap,
-            make_engine=make_engine,
-            reward=None if self.stages.has_reward else rollouts.reward,
-            decode=rollouts.decode,
-            num_places=settings.num_slots + settings.num_ahead,
-        )
-        self._start(stack, job, settings.workers, rollouts.log_dir)
+    def _publish_first(self, stack: contextlib.ExitStack) -> dict[str, WeightsAddress]:
+        """Publish the weights that training begins with. Those of a reference are kept beside those that change."""
+        policy = self._policy
+        self.publisher = stack.enter_context(WeightPublisher(policy.weights))
+        self.publisher.publish(policy.weights, policy.version, policy.probe, policy.score(policy.probe))
+        self.publisher.wait()
+        weights = {POLICY: self.publisher.address}
+        if (reference := policy.reference) is not None:
+            publisher = stack.enter_context(WeightPublisher(reference.weights()))
+            publisher.publish(reference.weights(), policy.version, policy.probe, reference.score(policy.probe))
+            publisher.wait()
+            weights[REFERENCE_POLICY] = publisher.address
+        return weights
 
-    def _start_rewards(self, stack: contextlib.ExitStack, rollouts: Rollouts, reward: RewardFn) -> None:
-        job = RewardSettings(
-            endpoint=self.address.endpoint,
-            secret=self.address.secret,
-            num_threads=rollouts.settings.num_threads,
-            reward=reward,
-            decode=rollouts.decode,
-            num_processes=rollouts.num_reward_workers,
-            timeout_s=rollouts.settings.reward_timeout_s,
-        )
-        self._start(stack, job, 1, rollouts.log_dir)
+    def micro_batches(self, version: int) -> Iterator[Lease]:
+        """Iterate over the step's micro-batches; see :meth:`Session.micro_batches`."""
+        if version > self.publisher.version:  # a predecessor died before it had published them
+            self.step_done(self._policy.weights, version)
+        return super().micro_batches(version)
 
-    def _start_reference(
-        self, stack: contextlib.ExitStack, rollouts: Rollouts, reference: TrainerEngine, version: int
-    ) -> None:
-        """Keep the reference's weights where its workers, also later ones, find them: beside those that change."""
-        publisher = stack.enter_context(WeightPublisher(reference.weights()))
-        publisher.publish(reference.weights(), version, self._probe, reference.score(self._probe))
-        publisher.wait()
-        job = ReferenceSettings(
-            endpoint=self.address.endpoint,
-            secret=self.address.secret,
-            num_threads=rollouts.settings.num_threads,
-            weights=publisher.address,
-            make_engine=reference.twin_factory(),
-            max_tokens=self._steps.micro_batch_tokens,
-        )
-        self._start(stack, job, rollouts.settings.reference_workers, rollouts.log_dir)
+    def view(self) -> HostView:
+        """Return how the run stands."""
+        return self._host.view()
 
-    def _start(self, stack: contextlib.ExitStack, job: Job, num_workers: int, log_dir: Path | None) -> None:
-        self._fleets[job.role] = stack.enter_context(WorkerFleet(job, num_workers, log_dir))
+    def books(self) -> dict[str, float]:
+        """Return what became of all rows so far, and how busy everybody was."""
+        return {**self.view().books(), "exposed_sync_s": self.publisher.exposed_s}
 
-    @property
-    def is_over(self) -> bool:
-        """Whether all rows have been trained and no more come."""
-        with self.plan.changed:
-            return self.plan.is_last and not self.plan.gate.num_open
-
-    @property
-    def num_finished_groups(self) -> int:
-        """Prompt groups that are done with: trained, failed or replaced."""
-        with self.plan.changed:
-            return self.feeder.num_begun - self.plan.gate.num_open
+    def metrics(self) -> dict[str, float]:
+        """Return numbers to log with each step."""
+        return {**self.view().metrics(), "exposed_sync_s": self.publisher.exposed_s}
 
     def before_update(self) -> None:
         """Wait until the last version's weights are copied."""
@@ -421,18 +437,13 @@ class HostSession(Session):
 
     def step_done(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Publish the new weights, and let the next step and its prompts begin."""
-        self.publisher.publish(weights, version, self._probe, self._score(self._probe))
-        self.plan.step_done(version)
-        self._refresh()
+        if version > self.publisher.version:  # else a predecessor has published them
+            self.publisher.publish(weights, version, self._policy.probe, self._policy.score(self._policy.probe))
+        self._host.step_done(version)
 
     def finish(self, version: int) -> None:
         """Commit the rows of steps that no rank will redo."""
-        self.plan.finalize(version)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        for task in self.stages.trained:
-            self.host_queue.control.refresh(task)
+        self._host.finish(version)
 
     def check(self) -> None:
         """Say what went wrong with prompts or workers.
@@ -441,18 +452,18 @@ class HostSession(Session):
             WorkerFailedError: a worker raised an error, too many died, or nothing that they do succeeds.
             Exception: what the dataset of prompts or the tokenizer raised.
         """
-        num_failed = self.plan.num_failed_in_a_row
-        if num_failed >= max(_MAX_FAILED, 2 * self._steps.rows) and (why := self.last_failure):
+        view = self.view()
+        num_failed = view.num_failed_in_a_row
+        if num_failed >= max(_MAX_FAILED, 2 * self._steps.rows) and (why := view.last_failure):
             raise WorkerFailedError("the run", f"gets no completions: the last {num_failed} have all failed. {why}")
-        self._check_informative()
-        if self.feeder.error is not None:
-            raise self.feeder.error
-        for fleet in self._fleets.values():
-            fleet.check()
+        self._check_informative(view.num_uninformative_in_a_row)
+        if self._feeder.error is not None:
+            raise self._feeder.error
+        if view.failure is not None:
+            raise WorkerFailedError(*view.failure)
 
-    def _check_informative(self) -> None:
+    def _check_informative(self, num: int) -> None:
         """Training without an end in sight is said, and ended at last."""
-        num = self.plan.num_uninformative_in_a_row
         said = (
             f"algorithm.filters_uninformative leaves out prompt groups with equal rewards, and the last {num} rows "
             "were all in such groups"
@@ -465,65 +476,6 @@ class HostSession(Session):
         if num >= _MANY_UNINFORMATIVE * self._steps.rows and not self._has_warned:
             self._has_warned = True
             warnings.warn(f"the step waits: {said}", stacklevel=2)
-
-    def books(self) -> dict[str, float]:
-        """Return what became of all rows so far, and how busy everybody was.
-
-        Rows are counted by the queue's ledger; those that were left out, by the plan. What neither knows of is lost.
-        """
-        counts = self.host_queue.statistics()
-        update = counts.tasks[UPDATE]
-        with self.plan.changed:
-            dropped = self.plan.num_failed + self.plan.num_uninformative
-        dropped += update.num_stale - self.plan.num_uninformative
-        num_decided = self.plan.num_decided(UPDATE)
-        return {
-            "rows_generated": float(counts.tasks["rollout"].num_committed),
-            "rows_committed": float(update.num_committed + num_decided),
-            "rows_dropped": float(dropped),
-            "rows_left": float(update.num_open - num_decided),
-            "rows_lost": float(counts.num_put - update.num_committed - dropped - update.num_open),
-            "rollout_idle_share": self._idle_share("rollout"),
-            "exposed_sync_s": self.publisher.exposed_s,
-            "workers_replaced": float(sum(fleet.num_replaced for fleet in self._fleets.values())),
-        }
-
-    def metrics(self) -> dict[str, float]:
-        """Return numbers to log with each step."""
-        done, task = self.worker_statistics("rollout"), self.host_queue.statistics().tasks
-        return {
-            **{f"idle_share/{role}": fleet.idle_share() for role, fleet in self._fleets.items()},
-            **{f"queue/{role}": float(task[role].num_ready) for role in self._fleets if role != "rollout"},
-            "generated_length": done.num_tokens / max(1, done.num_completions),
-            "exposed_sync_s": self.publisher.exposed_s,
-            "queue/prompts": float(task["rollout"].num_open),
-            "queue/ready": float(task[UPDATE].num_ready),
-            "rows/generated": float(done.num_completions),
-            "rows/failed": float(self.num_failed),
-            "rows/uninformative": float(self.plan.num_uninformative),
-            "rollout/version_lag": float(self.plan.gate.version - done.version),
-        }
-
-    @property
-    def num_failed(self) -> int:
-        """Rows that failed so far, as far as workers have told."""
-        return sum(self.worker_statistics(role).num_failed for role in self._fleets)
-
-    @property
-    def last_failure(self) -> str:
-        """Why a row failed; empty if none has."""
-        return total([self.worker_statistics(role) for role in self._fleets]).last_failure
-
-    def workers(self) -> list[WorkerRecord]:
-        """Return what is known of each worker."""
-        return [record for fleet in self._fleets.values() for record in fleet.records()]
-
-    def worker_statistics(self, role: str = "rollout") -> WorkerStatistics:
-        """Return the sum of what the workers of a role have done."""
-        return self._fleets[role].statistics() if role in self._fleets else WorkerStatistics()
-
-    def _idle_share(self, role: str) -> float:
-        return self._fleets[role].idle_share() if role in self._fleets else 0.0
 
     def close(self) -> None:
         """End workers, server and queue."""

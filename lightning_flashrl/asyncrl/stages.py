@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_flashrl.asyncrl.steps import CRITIC, CRITIC_UPDATE, UPDATE, StepPlan, StepSampler
+from lightning_flashrl.asyncrl.steps import CRITIC, CRITIC_UPDATE, UPDATE, PromptSampler, StepPlan, StepSampler
 from lightning_flashrl.engines.experience import experience_fields
 from lightning_flashrl.engines.reference import REFERENCE, REFERENCE_FIELDS
 from lightning_flashrl.engines.reward_task import REWARD, REWARD_FIELDS
@@ -80,7 +80,7 @@ class Stages:
         Args:
             plan: which rows each step gets.
         """
-        tasks = {"rollout": Task(["prompt"])}
+        tasks = {"rollout": Task(["prompt"], PromptSampler(plan))}
         if self.has_reward:
             tasks[REWARD] = Task(REWARD_FIELDS)
         if self.has_reference:

@@ -13,11 +13,11 @@ A lease is no promise to train: rows are committed with the step that they feed,
 longer be redone. Until then a replica that asks again for a micro-batch gets the same rows in the same order, and so
 does its successor.
 
-=====================  ================================================  ==============================
+=====================  ================================================  =========================================
 who                    waits for                                         unblocked by
-=====================  ================================================  ==============================
-the feeder's thread    room in the gate                                  a finished step, a failed group
-=====================  ================================================  ==============================
+=====================  ================================================  =========================================
+the feeder's thread    room in the gate; problems                        a finished step, a failed group; the user
+=====================  ================================================  =========================================
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from lightning_flashrl.engines.experience import prompt_rows
-from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueClosedError
-from lightning_flashrl.streaming import Candidates, Demand, QueueVerbs, Sampler
+from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueClosedError, QueueUnavailableError
+from lightning_flashrl.streaming import Candidates, Demand, OldestFirst, QueueVerbs, Sampler
 from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import StalenessGate
 
@@ -40,6 +42,8 @@ UPDATE = "update"
 CRITIC, CRITIC_UPDATE = "critic", "critic_update"
 """The queue's tasks that guess values, and that train the critic."""
 _GROUP, _REWARD = "prompt.group_id", "reward"
+_LOOK_S = 0.2
+"""How often a feeder that waits for room looks whether it should end."""
 
 
 class StepPlan:
@@ -53,11 +57,14 @@ class StepPlan:
         limit: groups to be trained in all; ``None`` for no limit.
         redoes_steps: whether a replica that is gone has a successor, which does its part of the step again. Its rows
             wait for that; else they go to others, and a step is final when it is done.
+        first_group: number of the first group.
 
     Attributes:
         changed: the lock, and the bell when there may be room.
         shares: rows by task, step, and replica rank with the number of its micro-batch; of steps that are not final.
         final_version: steps that start from earlier versions are final: they are never redone.
+        next_group: number of the next group that begins.
+        num_begun: groups that have begun.
         has_ended: there are no more prompts.
         num_uninformative: rows that were replaced because their group had equal rewards.
         num_uninformative_in_a_row: those since a step last took a group.
@@ -74,8 +81,12 @@ class StepPlan:
         filters_uninformative: bool = False,
         limit: int | None = None,
         redoes_steps: bool = False,
+        first_group: int = 0,
     ) -> None:
         self.gate = gate
+        self.next_group = first_group
+        self.num_begun = 0
+        self._awaited: set[int] = set()  # groups that have begun and are not in the queue yet
         self.group_size = group_size
         self.redoes_steps = redoes_steps
         self.shares: dict[str, dict[int, dict[tuple[int, int], list[int]]]] = {}
@@ -104,6 +115,42 @@ class StepPlan:
     def _num_left(self) -> int | None:
         """Groups that are neither trained nor under way; those that fail are replaced."""
         return None if self.limit is None else max(0, self.limit - self.gate.num_trained - self.gate.num_open)
+
+    def begin(self, count: int) -> tuple[int, int]:
+        """Groups begin, whose prompts will be put next. Returns the first one's number, and the version to begin with.
+
+        Raises:
+            StalenessExceededError: there is no room for them.
+        """
+        with self.changed:
+            groups = range(self.next_group, self.next_group + count)
+            self.gate.begin(groups)
+            self._awaited.update(groups)
+            self.next_group += count
+            self.num_begun += count
+            return groups.start, self.gate.version
+
+    def arrived(self, group: int) -> bool:
+        """Take note that a group is in the queue; return whether it was awaited."""
+        with self.changed:
+            is_awaited = group in self._awaited
+            self._awaited.discard(group)
+            return is_awaited
+
+    def resume(self) -> int:
+        """Whoever gave prompts is gone: groups that did not arrive have not begun. Returns the next group's number."""
+        with self.changed:
+            self.gate.drop(self._awaited)
+            self.num_begun -= len(self._awaited)
+            self.next_group = min(self._awaited, default=self.next_group)
+            self._awaited.clear()
+            return self.next_group
+
+    def end_prompts(self) -> None:
+        """There are no more prompts."""
+        with self.changed:
+            self.has_ended = True
+            self.changed.notify_all()
 
     def step_done(self, version: int) -> None:
         """A step is decided, and the next one begins. To say so again changes nothing.
@@ -137,6 +184,36 @@ class StepPlan:
         """A group will never be trained; another one may begin."""
         self.gate.drop([group])
         self.changed.notify_all()
+
+
+class PromptSampler(OldestFirst):
+    """Prompts for the rollouts, in the order in which they were put. A group that comes twice is stale.
+
+    Args:
+        plan: which groups have begun.
+    """
+
+    tags = (_GROUP,)
+
+    def __init__(self, plan: StepPlan) -> None:
+        super().__init__()
+        self._plan = plan
+        self._newest_row = -1
+
+    def __deepcopy__(self, _: dict[int, Any]) -> PromptSampler:
+        return PromptSampler(self._plan)
+
+    def add(self, candidates: Candidates) -> None:
+        """Hold prompts that were put, or came back from a lease."""
+        rows, groups = candidates.rows, candidates.tags[_GROUP]
+        is_new = rows > self._newest_row
+        self._newest_row = max(self._newest_row, int(rows.max()))
+        twice = [group for group in np.unique(groups[is_new]).tolist() if not self._plan.arrived(group)]
+        is_stale = is_new & np.isin(groups, twice)
+        self._stale += rows[is_stale].tolist()
+        kept = ~is_stale
+        if kept.any():
+            super().add(Candidates(rows[kept], candidates.num_tokens[kept], {_GROUP: groups[kept]}))
 
 
 class StepSampler(Sampler):
@@ -377,90 +454,94 @@ class StepSampler(Sampler):
         return rows
 
 
+class PromptSink(Protocol):
+    """What a feeder needs of a :class:`~lightning_flashrl.asyncrl.host.StreamHost`."""
+
+    def resume(self) -> int:
+        """Say that prompts come from somebody else from now on. Returns the number of the next group."""
+
+    def wait_for_room(self, timeout_s: float) -> int:
+        """Return how many prompt groups may begin now; 0 if none may in time."""
+
+    def begin(self, count: int) -> tuple[int, int]:
+        """Begin prompt groups; return the first one's number, and the oldest version that may generate them."""
+
+    def end_prompts(self) -> None:
+        """Say that there are no more prompts."""
+
+
 class Feeder:
     """Puts prompts into the queue as the gate has room for them.
 
     Args:
         queue: where they go.
-        plan: has the gate.
-        take: gives problems.
+        sink: knows how many.
+        open_at: gives problems from a number on.
         encode: a prompt's tokens.
-        first_group: number of the first group.
+        group_size: completions of a prompt.
         seed: of the random numbers of rollouts.
 
     Attributes:
         error: what ended it early.
-        num_begun: groups that it has put.
     """
 
     def __init__(
         self,
         queue: QueueVerbs,
-        plan: StepPlan,
-        take: TakeProblems,
+        sink: PromptSink,
+        open_at: Callable[[int], TakeProblems],
         encode: Callable[[str], Sequence[int]],
         *,
-        first_group: int = 0,
+        group_size: int,
         seed: int = 0,
     ) -> None:
         self.error: Exception | None = None
-        self.num_begun = 0
         self._queue = queue
-        self._plan = plan
-        self._take = take
+        self._sink = sink
+        self._open_at = open_at
         self._encode = encode
-        self._next_group = first_group
+        self._group_size = group_size
         self._seed = seed
-        self._is_over = False
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flashrl-feeder", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the thread."""
-        with self._plan.changed:
-            self._is_over = True
-            self._plan.changed.notify_all()
+        self._over.set()
         self._thread.join()
 
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
         try:
-            while count := self._wait_for_room():
-                self._feed(count)
-        except QueueClosedError:
-            pass
+            take = self._open_at(self._sink.resume())
+            while not self._over.is_set():
+                count = self._sink.wait_for_room(_LOOK_S)
+                if count and not self._feed(take(count)):
+                    return
+        except (QueueClosedError, QueueUnavailableError):
+            pass  # whoever waits for rows is told
         except Exception as error:  # noqa: BLE001 - the user's own dataset and tokenizer; raised in the training loop
             self.error = error
 
-    def _wait_for_room(self) -> int:
-        """Return how many groups may begin; 0 at the end."""
-        plan = self._plan
-        with plan.changed:
-            plan.changed.wait_for(lambda: self._is_over or plan.has_ended or plan.room())
-            return 0 if self._is_over else plan.room()
-
-    def _feed(self, count: int) -> None:
-        problems = self._take(count)
+    def _feed(self, problems: list[Problem]) -> bool:
+        """Put prompts; return whether there were any."""
+        if not problems:
+            self._sink.end_prompts()
+            return False
         tokens = [_encoded(self._encode, problem.prompt) for problem in problems]
-        plan = self._plan
-        with plan.changed:
-            groups = range(self._next_group, self._next_group + len(problems))
-            plan.gate.begin(groups)
-            version = plan.gate.version
-            plan.has_ended = not problems
-        self._next_group += len(problems)
-        self.num_begun += len(problems)
-        if problems:
-            self._queue.put(
-                prompt_rows(
-                    tokens,
-                    problems,
-                    group_size=plan.group_size,
-                    first_group=groups.start,
-                    seed=self._seed,
-                    min_version=version,
-                )
+        first_group, version = self._sink.begin(len(problems))
+        self._queue.put(
+            prompt_rows(
+                tokens,
+                problems,
+                group_size=self._group_size,
+                first_group=first_group,
+                seed=self._seed,
+                min_version=version,
             )
+        )
+        return True
 
 
 def _encoded(encode: Callable[[str], Sequence[int]], prompt: str) -> Any:

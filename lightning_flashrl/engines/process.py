@@ -27,24 +27,27 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, ClassVar, Self
 
 import cloudpickle
+import msgspec
 
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import RolloutEngine
 from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics, total
-from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError, WorkerFailedError
+from lightning_flashrl.errors import ConfigurationError, QueueUnavailableError, WorkerFailedError
 from lightning_flashrl.streaming import QueueVerbs, TransferQueueClient
 from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress
 
 Begin = Callable[..., None]
 """Takes any number of :class:`~lightning_flashrl.engines.worker.WorkerStatistics`."""
+POLICY, REFERENCE_POLICY = "policy", "reference"
+"""Names under which a run's weights are published."""
 _REPORT_S = 0.25
 _END_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct("<Q")
@@ -59,25 +62,64 @@ class Job(abc.ABC):
 
     Attributes:
         role: what such workers are called in logs and errors.
-        endpoint: of the queue.
-        secret: of the queue.
         num_threads: of torch.
     """
 
     role: ClassVar[str]
-    endpoint: str
-    secret: str
     num_threads: int = 1
 
     @abc.abstractmethod
-    def run(self, queue: QueueVerbs, begin: Begin, stop: threading.Event) -> None:
+    def run(
+        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+    ) -> None:
         """Work, in the worker's process.
 
         Args:
             queue: rows come from there and go back there.
+            weights: where the run's weights are, by the name of the policy.
             begin: to be called with its statistics when it is ready to serve; there may be several, of its threads.
             stop: set when the worker should end; it gives back what it has then.
         """
+
+
+class Surroundings(msgspec.Struct, frozen=True):
+    """What a run's workers find.
+
+    Attributes:
+        endpoint: of the queue.
+        secret: of the queue.
+        weights: where weights are, by the name of the policy.
+    """
+
+    endpoint: str
+    secret: str
+    weights: dict[str, WeightsAddress]
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Workers of one role, not yet at work. It may be sent to another process, which need not have the user's code.
+
+    Attributes:
+        role: what they do.
+        num_workers: how many there are.
+        payload: the job, packed for their processes.
+    """
+
+    role: str
+    num_workers: int
+    payload: bytes
+
+    @classmethod
+    def of(cls, job: Job, num_workers: int) -> Team:
+        """Pack a job.
+
+        Raises:
+            ConfigurationError: no workers, or a reward or engine that cannot be sent to another process.
+        """
+        if num_workers < 1:
+            raise ConfigurationError(f"{num_workers} {job.role} workers; use 1 or more")
+        return cls(job.role, num_workers, _pack(job))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +127,6 @@ class WorkerSettings(Job):
     """What a rollout worker's process must know.
 
     Attributes:
-        weights: where the trainer publishes.
         swap: when it takes new weights.
         make_engine: makes the engine, in the worker's process.
         reward: scores; ``None`` if another task does.
@@ -94,17 +135,18 @@ class WorkerSettings(Job):
     """
 
     role: ClassVar[str] = "rollout"
-    weights: WeightsAddress
     swap: Swap
     make_engine: Callable[[], RolloutEngine]
     reward: RewardFn | None
     decode: Callable[[list[int]], str]
     num_places: int
 
-    def run(self, queue: QueueVerbs, begin: Begin, stop: threading.Event) -> None:
+    def run(
+        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+    ) -> None:
         """Generate until the stream ends."""
         engine = self.make_engine()
-        with WeightReceiver(self.weights, self.swap) as receiver:
+        with WeightReceiver(weights[POLICY], self.swap) as receiver:
             receiver.load(engine)
             worker = RolloutWorker(
                 queue, engine, self.reward, self.decode, receiver=receiver, num_places=self.num_places
@@ -134,6 +176,19 @@ class WorkerRecord:
     state: str = "starting"
     statistics: WorkerStatistics = field(default_factory=WorkerStatistics)
     alive_s: float = 0.0
+
+
+def summed(records: Sequence[WorkerRecord]) -> WorkerStatistics:
+    """Return the sum of what workers have done; ``version`` is the oldest that one has now."""
+    found = total([record.statistics for record in records])
+    found.version = min((record.statistics.version for record in records if record.state == "serving"), default=0)
+    return found
+
+
+def idle_share(records: Sequence[WorkerRecord]) -> float:
+    """Return the share of workers' time in which they had nothing to do; 0 before they serve."""
+    alive_s = sum(record.alive_s for record in records)
+    return sum(record.statistics.idle_s for record in records) / alive_s if alive_s else 0.0
 
 
 class _Process:
@@ -210,27 +265,23 @@ class WorkerFleet:
     """Workers of one role on this host. A worker that is killed is replaced; one that raises ends the run.
 
     Args:
-        job: of each worker.
-        num_workers: how many.
+        team: the workers.
+        surroundings: what they find.
         log_dir: where their output goes, ``<role>-<rank>.log``; ``None`` leaves it where this process's goes.
 
     Attributes:
         num_replaced: workers that died and were replaced.
-
-    Raises:
-        ConfigurationError: no workers, or a reward or engine that cannot be sent to another process.
+        error: that a worker raised an error, or that too many died.
     """
 
-    def __init__(self, job: Job, num_workers: int, log_dir: Path | None = None) -> None:
-        if num_workers < 1:
-            raise ConfigurationError(f"{num_workers} {job.role} workers; use 1 or more")
-        self._payload = _pack(job)
-        self._role = job.role
+    def __init__(self, team: Team, surroundings: Surroundings, log_dir: Path | None = None) -> None:
+        self._payload = _part(msgspec.json.encode(surroundings)) + team.payload
+        self._role = team.role
         self._log_dir = log_dir
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
         self.num_replaced = 0
-        self._error: FlashRLError | None = None
+        self.error: WorkerFailedError | None = None
         self._fruitless: collections.Counter[int] = collections.Counter()  # rank → deaths in a row
         self._deaths: collections.deque[float] = collections.deque(maxlen=_MAX_DEATHS + 1)
         self._lock = threading.Lock()
@@ -240,37 +291,15 @@ class WorkerFleet:
         self._wake_fd, self._waker_fd = os.pipe()
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._is_over = False
-        for rank in range(num_workers):
+        for rank in range(team.num_workers):
             self._start(rank)
         self._thread = threading.Thread(target=self._watch, name="flashrl-fleet", daemon=True)
         self._thread.start()
-
-    def check(self) -> None:
-        """Say what went wrong, if anything did.
-
-        Raises:
-            WorkerFailedError: a worker raised an error, or too many died.
-        """
-        if self._error is not None:
-            raise self._error
 
     def records(self) -> list[WorkerRecord]:
         """Return what is known of each worker, also of those that are gone."""
         with self._lock:
             return [*self._past, *(process.record for process in self._processes.values())]
-
-    def statistics(self) -> WorkerStatistics:
-        """Return the sum of what all workers have done; ``version`` is the oldest that one has now."""
-        records = self.records()
-        found = total([record.statistics for record in records])
-        found.version = min((record.statistics.version for record in records if record.state == "serving"), default=0)
-        return found
-
-    def idle_share(self) -> float:
-        """Return the share of the workers' time in which they had nothing to do; 0 before they serve."""
-        records = self.records()
-        alive_s = sum(record.alive_s for record in records)
-        return sum(record.statistics.idle_s for record in records) / alive_s if alive_s else 0.0
 
     def close(self) -> None:
         """End all workers and wait for that."""
@@ -324,13 +353,13 @@ class WorkerFleet:
                 return
             name = f"{self._role} worker {process.record.rank}"
             if process.error:
-                self._error = WorkerFailedError(name, f"raised:\n{process.error}")
+                self.error = WorkerFailedError(name, f"raised:\n{process.error}")
                 return
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with status {status}"
             rank = process.record.rank
             self._fruitless[rank] = 0 if process.record.statistics.num_completions else self._fruitless[rank] + 1
             if self._fruitless[rank] > _MAX_DEATHS:
-                self._error = WorkerFailedError(
+                self.error = WorkerFailedError(
                     name,
                     f"{how}; {self._fruitless[rank]} of its processes in a row have died before they had done a single "
                     "row; look at their output, and at the memory of the machine",
@@ -338,7 +367,7 @@ class WorkerFleet:
                 return
             self._deaths.append(clock.now_s())
             if len(self._deaths) > _MAX_DEATHS and self._deaths[-1] - self._deaths[0] < _DEATH_WINDOW_S:
-                self._error = WorkerFailedError(
+                self.error = WorkerFailedError(
                     name,
                     f"{how}, as others before it: {len(self._deaths)} deaths within {_DEATH_WINDOW_S:g} s; look at "
                     "their output, and at the memory of the machine",
@@ -358,7 +387,11 @@ def _pack(job: Job) -> bytes:
             "functions and classes that hold no open files, locks or processes"
         ) from error
     paths = json.dumps([path or os.getcwd() for path in sys.path]).encode()
-    return b"".join(part for item in (paths, body) for part in (_LENGTH.pack(len(item)), item))
+    return _part(paths) + _part(body)
+
+
+def _part(item: bytes) -> bytes:
+    return _LENGTH.pack(len(item)) + item
 
 
 # --------------------------------------------------------------------------- the worker's process
@@ -407,14 +440,14 @@ def _watch_input(stop: threading.Event) -> None:
     os._exit(1)
 
 
-def _serve(job: Job, report_fd: int, stop: threading.Event) -> None:
+def _serve(job: Job, place: Surroundings, report_fd: int, stop: threading.Event) -> None:
     import torch
 
     torch.set_num_threads(job.num_threads)
     reporters: list[_Reporter] = []
-    with TransferQueueClient(job.endpoint, job.secret) as queue:
+    with TransferQueueClient(place.endpoint, place.secret) as queue:
         try:
-            job.run(queue, lambda *statistics: reporters.append(_Reporter(report_fd, statistics)), stop)
+            job.run(queue, place.weights, lambda *statistics: reporters.append(_Reporter(report_fd, statistics)), stop)
         finally:
             for reporter in reporters:
                 reporter.stop()
@@ -423,12 +456,13 @@ def _serve(job: Job, report_fd: int, stop: threading.Event) -> None:
 def main() -> None:
     """Be a worker until the stream or standard input ends."""
     report_fd = int(sys.argv[1])
+    place = msgspec.json.decode(_read_part(sys.stdin.buffer), type=Surroundings)
     sys.path[:] = json.loads(_read_part(sys.stdin.buffer))
     stop = threading.Event()
     try:
         job = pickle.loads(_read_part(sys.stdin.buffer))
         threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
-        _serve(job, report_fd, stop)
+        _serve(job, place, report_fd, stop)
     except QueueUnavailableError:
         if not stop.is_set():
             _tell(report_fd, {"error": traceback.format_exc()})

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_flashrl.engines.base import TrainerEngine, check_weights
-from lightning_flashrl.engines.process import Job
+from lightning_flashrl.engines.process import REFERENCE_POLICY, Begin, Job
 from lightning_flashrl.engines.stage import Result, StageWorker
 from lightning_flashrl.engines.trainer import TokenBatch
-from lightning_flashrl.engines.worker import WorkerStatistics
 from lightning_flashrl.streaming import Lease, QueueVerbs
 from lightning_flashrl.weights import WeightReceiver, WeightsAddress
 
@@ -91,20 +90,20 @@ class ReferenceSettings(Job):
     """What a reference worker's process must know.
 
     Attributes:
-        weights: where the reference's weights are.
         make_engine: makes its engine, in the worker's process.
         max_tokens: of a lease and of a forward pass.
     """
 
     role: ClassVar[str] = "reference"
-    weights: WeightsAddress
     make_engine: Callable[[], TrainerEngine]
     max_tokens: int
 
-    def run(self, queue: QueueVerbs, begin: Callable[[WorkerStatistics], None], stop: threading.Event) -> None:
+    def run(
+        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+    ) -> None:
         """Compute log-probs until the stream ends."""
         policy = FrozenPolicy(self.make_engine())
-        with WeightReceiver(self.weights) as receiver:
+        with WeightReceiver(weights[REFERENCE_POLICY]) as receiver:
             receiver.load(policy)
         stage = ReferenceStage(policy, self.max_tokens)
         worker = StageWorker(queue, REFERENCE, REFERENCE_FIELDS, stage, tokens=self.max_tokens)

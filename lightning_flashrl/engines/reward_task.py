@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from lightning_flashrl.engines.worker import told_of
 from lightning_flashrl.errors import RewardError
 from lightning_flashrl.streaming import Lease, QueueVerbs
 from lightning_flashrl.tasks import RewardFn
+from lightning_flashrl.weights import WeightsAddress
 
 REWARD = "reward"
 """The queue's task."""
@@ -80,7 +81,9 @@ class RewardSettings(Job):
     num_processes: int
     timeout_s: float
 
-    def run(self, queue: QueueVerbs, begin: Begin, stop: threading.Event) -> None:
+    def run(
+        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+    ) -> None:
         """Score until the stream ends."""
         with RewardPool(self.reward, num_workers=self.num_processes, timeout_s=self.timeout_s) as pool:
             stage = RewardStage(pool, self.decode)

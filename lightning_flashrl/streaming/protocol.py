@@ -137,6 +137,12 @@ class Ping(Message, frozen=True):
     """Are you there?"""
 
 
+class Call(Message, frozen=True):
+    """What the application asks beside the queue; see :attr:`TransferQueueServer.answer_call`."""
+
+    payload: bytes
+
+
 class Goodbye(Message, frozen=True):
     """The client ends. No answer."""
 
@@ -193,6 +199,12 @@ class StatisticsAre(Message, frozen=True):
     json: bytes
 
 
+class Called(Message, frozen=True):
+    """What the application answers."""
+
+    payload: bytes
+
+
 class Failed(Message, frozen=True):
     """An error of ours, to be raised at the client."""
 
@@ -220,10 +232,11 @@ Request: TypeAlias = (
     | Close
     | AskStatistics
     | Cancel
+    | Call
     | Ping
     | Goodbye
 )
-Answer: TypeAlias = Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Failed | Pong | Again
+Answer: TypeAlias = Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Called | Failed | Pong | Again
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

@@ -81,6 +81,8 @@ class TransferQueueServer:
     Attributes:
         endpoint: where clients connect.
         secret: what they need.
+        answer_call: answers what clients ask beside the queue's verbs with :meth:`TransferQueueClient.call`, in the
+            server's thread; ``None`` refuses that.
 
     Raises:
         ConfigurationError: the address is taken, or not of this host.
@@ -97,6 +99,7 @@ class TransferQueueServer:
     def __init__(self, queue: TransferQueue, port: int = 0, *, session_timeout_s: float = _SESSION_TIMEOUT_S) -> None:
         self.queue = queue
         self.secret = queue.secret
+        self.answer_call: Callable[[bytes], bytes] | None = None
         self.num_undecodable = 0
         self._session_timeout_s = session_timeout_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -291,6 +294,10 @@ class TransferQueueServer:
             case protocol.Cancel(request_id=number):
                 self._cancel(peer, number.to_bytes(8, "little"), owner)
                 return None
+            case protocol.Call(payload=payload):
+                if self.answer_call is None:
+                    raise ConfigurationError("nobody answers calls to this queue's server; set its answer_call")
+                return protocol.Called(self.answer_call(payload))
             case protocol.Goodbye():
                 self._forget(bytes.fromhex(owner))
                 return None
@@ -649,6 +656,10 @@ class TransferQueueClient(QueueVerbs):
         """Return what is in the queue, and what has passed."""
         answer = self._ask(protocol.AskStatistics(), protocol.StatisticsAre)
         return msgspec.json.decode(answer.json, type=QueueStatistics)
+
+    def call(self, payload: bytes) -> bytes:
+        """Ask whoever serves the queue something beside the queue's verbs; see ``TransferQueueServer.answer_call``."""
+        return self._ask(protocol.Call(payload), protocol.Called).payload
 
     def disconnect(self) -> None:
         """End this client: its leases go back. The queue goes on."""

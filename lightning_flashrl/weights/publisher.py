@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.errors import ConfigurationError
-from lightning_flashrl.messaging.memory import MARK_BYTES, Bytes, make_memory
+from lightning_flashrl.messaging.memory import MARK_BYTES, Bytes, Memory, attach_memory, make_memory
 
 MAX_PROBE = 256
 """Tokens of the probe sequence, at most."""
@@ -119,18 +119,33 @@ class WeightPublisher:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         if not weights:
             raise ConfigurationError("there are no weights to publish; give the model's state_dict()")
-        specs, end = [], 0
-        for name, weight in weights.items():
-            size = weight.numel() * weight.element_size()
-            specs.append(WeightSpec(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), end, size))
-            end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
-        capacity = HEADER_BYTES * NUM_BUFFERS + NUM_BUFFERS * end
-        self._memory, mark = make_memory(capacity)
-        self.address = WeightsAddress(os.getpid(), self._memory.fd, capacity, mark, end, tuple(specs))
-        self._records = Records(self.address, self._memory.array)
+        self._begin(*_make(weights))
+
+    @classmethod
+    def attach(cls, address: WeightsAddress) -> WeightPublisher:
+        """Go on where another publisher, which is gone, has stopped, in memory that is still there.
+
+        Raises:
+            ConfigurationError: it cannot be mapped from here.
+        """
+        try:
+            memory = attach_memory(address.pid, address.fd, address.capacity_bytes, address.mark)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the weights that process {address.pid} keeps cannot be mapped from here ({error})"
+            ) from error
+        publisher = cls.__new__(cls)
+        publisher._begin(address, memory)
+        return publisher
+
+    def _begin(self, address: WeightsAddress, memory: Memory) -> None:
+        self.address, self._memory = address, memory
+        self._records = Records(address, memory.array)
         for numbers in self._records.numbers:
-            numbers[VERSION] = -1
-        self.version = -1
+            if int(numbers[SEQUENCE]) % 2:  # a predecessor died while it wrote this one
+                numbers[VERSION] = -1
+                numbers[SEQUENCE] += 1
+        self.version = max(int(numbers[VERSION]) for numbers in self._records.numbers)
         self.exposed_s = 0.0
         self._jobs: list[tuple[Mapping[str, Tensor], int, Tensor, Tensor]] = []
         self._changed = threading.Condition()
@@ -243,6 +258,34 @@ class WeightPublisher:
 
     def _newest(self) -> int:
         return max(range(NUM_BUFFERS), key=lambda buffer: int(self._records.numbers[buffer][VERSION]))
+
+
+def _make(weights: Mapping[str, Tensor]) -> tuple[WeightsAddress, Memory]:
+    """Make memory for weights."""
+    specs, end = [], 0
+    for name, weight in weights.items():
+        size = weight.numel() * weight.element_size()
+        specs.append(WeightSpec(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), end, size))
+        end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
+    capacity = HEADER_BYTES * NUM_BUFFERS + NUM_BUFFERS * end
+    memory, mark = make_memory(capacity)
+    address = WeightsAddress(os.getpid(), memory.fd, capacity, mark, end, tuple(specs))
+    for numbers in Records(address, memory.array).numbers:
+        numbers[VERSION] = -1
+    return address, memory
+
+
+def keep(address: WeightsAddress) -> WeightsAddress:
+    """Keep a publisher's memory when its process is gone, as long as this process lives. Returns where it is now.
+
+    Raises:
+        ConfigurationError: it cannot be mapped from here.
+    """
+    try:
+        fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigurationError(f"the weights of process {address.pid} cannot be kept from here ({error})") from error
+    return msgspec.structs.replace(address, pid=os.getpid(), fd=fd)
 
 
 def checksum(array: Bytes) -> int:

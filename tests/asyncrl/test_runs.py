@@ -180,7 +180,7 @@ class TestFaults:
             def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
                 if trainer.global_step == 3:
                     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-                    os.kill(data.current_session.workers()[0].pid, signal.SIGKILL)
+                    os.kill(data.current_session.view().workers[0].pid, signal.SIGKILL)
 
         _fit(rl.make_data(), Killer(), RunRecorder(tmp_path), max_steps=6)
         summary = json.loads((tmp_path / "summary.json").read_text())

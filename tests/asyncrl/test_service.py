@@ -100,14 +100,14 @@ def test_a_step_goes_round(service: RLService) -> None:
 def test_prompts_begin_within_the_bound_and_the_last_step_may_be_smaller(service: RLService) -> None:
     begin(service)
     service.put_prompts_data("abcab")
-    while service.session.host_queue.statistics().tasks["rollout"].num_committed < 8:
+    while service.session.queue.statistics().tasks["rollout"].num_committed < 8:
         roll_out(service, 8)
     assert service.put_prompts_data([], is_last=True) == 1  # two steps of two prompts have begun
     num_trained = []
     for version in range(3):
         if version == 1:
             roll_out(service, 2, version)
-        while service.session.host_queue.statistics().tasks["reward"].num_ready:
+        while service.session.queue.statistics().tasks["reward"].num_ready:
             judge(service, 8)
         num_trained.append(sum(map(len, rest(service))))
         service.weight_sync_notify()
@@ -205,7 +205,7 @@ def test_values_of_a_critic_of_ones_own(service: RLService) -> None:
     for task in ("critic_update", "update"):
         assert [lease["values"].values.tolist() for lease in rest(service, task)] == [[0.5, 0.5]] * 2
     service.weight_sync_notify()
-    assert service.session.host_queue.statistics().num_rows == 0
+    assert service.session.queue.statistics().num_rows == 0
 
 
 def test_who_waits_hears_of_workers_that_fail() -> None:

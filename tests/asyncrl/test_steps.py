@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, StepPlan, StepSampler
+from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, PromptSampler, StepPlan, StepSampler
 from lightning_flashrl.engines.experience import EXPERIENCE
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError
 from lightning_flashrl.streaming import Lease, Task, TransferQueue
@@ -20,6 +20,19 @@ from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import StalenessGate
 
 FIELDS = ("prompt.tokens", "prompt.group_id", "response.tokens", "reward")
+
+
+class Sink:
+    """What feeders see of a host."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.resume, self.begin, self.end_prompts = plan.resume, plan.begin, plan.end_prompts
+        self._plan = plan
+
+    def wait_for_room(self, timeout_s: float) -> int:
+        with self._plan.changed:
+            self._plan.changed.wait_for(self._plan.room, timeout_s)
+            return self._plan.room()
 
 
 class Run:
@@ -32,13 +45,15 @@ class Run:
         self.queue = TransferQueue(
             EXPERIENCE,
             {
-                "rollout": ["prompt"],
+                "rollout": Task(["prompt"], PromptSampler(self.plan)),
                 UPDATE: Task(FIELDS, StepSampler(self.plan), token_fields=("prompt.tokens", "response.tokens")),
             },
         )
         problems = (Problem(str(number), "") for number in range(1000))
         take = lambda count: list(itertools.islice(problems, count))  # noqa: E731
-        self.feeder = Feeder(self.queue, self.plan, take, lambda text: [int(text)])
+        self.feeder = Feeder(
+            self.queue, Sink(self.plan), lambda group: take, lambda text: [int(text)], group_size=group_size
+        )
 
     def prompts(self, count: int) -> list[tuple[Lease, int]]:
         lease = self.queue.lease("rollout", count=count, timeout_s=10)
@@ -182,7 +197,7 @@ def test_the_limit_counts_what_is_trained(make: Any) -> None:
     assert run.queue.statistics().tasks[UPDATE].num_committed == 4
     with pytest.raises(EndOfStream, match="no more prompts"):
         run.take(2)
-    assert run.feeder.num_begun == 3
+    assert run.plan.num_begun == 3
 
 
 def test_a_successor_gets_the_same_micro_batches_in_the_same_order(make: Any) -> None:
@@ -253,7 +268,8 @@ def test_leases_without_a_step_are_refused(make: Any) -> None:
 def test_prompts_without_tokens_are_refused() -> None:
     plan = StepPlan(StalenessGate(0, 1), 1, waits_for_all=False)
     with TransferQueue(EXPERIENCE, {UPDATE: Task(FIELDS, StepSampler(plan))}) as queue:
-        feeder = Feeder(queue, plan, lambda count: [Problem("", "")], lambda text: [])
+        take = lambda count: [Problem("", "")]  # noqa: E731
+        feeder = Feeder(queue, Sink(plan), lambda group: take, lambda text: [], group_size=1)
         while feeder.error is None:
             torch.empty(0)
         feeder.close()

@@ -14,7 +14,7 @@ import torch
 
 from lightning_flashrl.algorithms import GRPO, PPO, PolicyOptimization
 from lightning_flashrl.asyncrl import AsyncRL, RolloutSettings, StepSettings, StreamingDataModule
-from lightning_flashrl.asyncrl.session import HostSession
+from lightning_flashrl.asyncrl.session import LeadSession
 from lightning_flashrl.engines.trainer import CausalLMCritic, CausalLMTrainer
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.streaming.queue import QueueStatistics
@@ -67,8 +67,8 @@ class Diary(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
         session = trainer.datamodule.session()
-        if isinstance(session, HostSession):
-            self.queue = session.host_queue.statistics()
+        if isinstance(session, LeadSession):
+            self.queue = session.queue.statistics()
             self.num_failed = lambda: session.worker_statistics("reward").num_failed
 
 

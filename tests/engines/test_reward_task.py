@@ -87,10 +87,9 @@ def test_others_are_scored_beside_a_slow_reward(tmp_path: Path) -> None:
     found: list[WorkerStatistics] = []
     with TransferQueue(EXPERIENCE, TASKS) as queue:
         rows = _put(queue, [slow, *[{"do": "1"}] * 40])
-        job = RewardSettings(
-            endpoint="", secret="", reward=rewards.by_row, decode=_words, num_processes=2, timeout_s=600
-        )
-        thread = threading.Thread(target=job.run, args=(queue, lambda *told: found.extend(told), threading.Event()))
+        job = RewardSettings(reward=rewards.by_row, decode=_words, num_processes=2, timeout_s=600)
+        begin = lambda *told: found.extend(told)  # noqa: E731
+        thread = threading.Thread(target=job.run, args=(queue, {}, begin, threading.Event()))
         thread.start()
         others = _rewards(queue, 33)  # seven wait behind the slow one
         assert rows[0] not in others

@@ -37,7 +37,7 @@ class Rows(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            statistics = trainer.datamodule.session().host_queue.statistics()  # type: ignore[attr-defined]
+            statistics = trainer.datamodule.session().queue.statistics()  # type: ignore[attr-defined]
             told = {name: task.num_committed for name, task in statistics.tasks.items()}
             weights = {name: weight.detach().clone() for name, weight in pl_module.state_dict().items()}
             torch.save({"tasks": told, "weights": weights, "global_step": trainer.global_step}, self.out)
