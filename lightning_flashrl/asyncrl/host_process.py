@@ -192,15 +192,22 @@ class HostHome:
         self._key = f"asyncrl/{fit}"
 
     def find(self) -> RemoteHost | None:
-        """Return the host that an earlier process of this rank has started, if there is one."""
+        """Return the host that this rank's predecessor has left, if there is one.
+
+        When the whole job starts again, from a checkpoint, the host of its last life is ended.
+        """
         client = self._client
-        if not client.incarnation and not client.is_newcomer:
+        if not client.incarnation:
             return None
         try:
             found = client.store_get(self._key, _FIND_TIMEOUT_S)
-            return RemoteHost(msgspec.json.decode(found, type=HostAddress))
+            host = RemoteHost(msgspec.json.decode(found, type=HostAddress))
         except (TimeoutError, QueueUnavailableError):
             return None
+        if client.is_newcomer:
+            return host
+        host.close()
+        return None
 
     def start(self, settings: HostSettings) -> RemoteHost:
         """Start a host.

@@ -23,6 +23,8 @@ from lightning_flashrl.asyncrl.session import LeadSession
 _LOOK_S = 0.5
 _RANKS = ".ranks"
 """Where each rank leaves its process number."""
+_BEGAN = "began"
+"""… and rank 0 when training began, for its successors."""
 _WINDOW = 5
 """Steps at either end over which the summary's first and last reward are averaged."""
 
@@ -96,6 +98,10 @@ class RunRecorder(L.Callback):
         if os.environ.get("FLASHRL_INCARNATION", "0") == "0":
             for name in ("history.jsonl", "summary.json"):
                 (self.output_dir / name).unlink(missing_ok=True)
+            (ranks / _BEGAN).unlink(missing_ok=True)
+            self._began_s = 0.0
+        else:
+            self._recall()
         self._over.clear()
         self._thread = threading.Thread(target=self._watch, args=(trainer,), name="flashrl-recorder", daemon=True)
         self._thread.start()
@@ -117,13 +123,29 @@ class RunRecorder(L.Callback):
                 return
 
     # ------------------------------------------------------------------ history
+    def _recall(self) -> None:
+        """Take over what an earlier process of this rank has written."""
+        self._steps, self._validations = [], []
+        path = self.output_dir / "history.jsonl"
+        with contextlib.suppress(FileNotFoundError):
+            whole = path.read_bytes().rpartition(b"\n")[0]  # it may have died while it wrote the last line
+            os.truncate(path, len(whole) + bool(whole))
+            for line in map(json.loads, whole.splitlines()):
+                (self._steps if line.pop("kind") == "step" else self._validations).append(line)
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self._began_s = float((self.output_dir / _RANKS / _BEGAN).read_text())
+
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take down how good the policy is before it is trained."""
-        self._validated(trainer)
+        if not self._validations:
+            self._validated(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""
-        self._began_s = clock.now_s()
+        if not self._began_s:
+            self._began_s = clock.now_s()
+            if trainer.is_global_zero:
+                (self.output_dir / _RANKS / _BEGAN).write_text(str(self._began_s))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

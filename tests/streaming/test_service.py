@@ -325,6 +325,22 @@ class TestClient:
                     rows = copy.put({"x": [[1]]})
                 assert client.lease("t", count=1).rows == rows
 
+    def test_it_may_ask_the_application_beside_the_queue(self) -> None:
+        def answer(payload: bytes) -> bytes:
+            if not payload:
+                raise ValueError("nothing")
+            return payload[::-1]
+
+        with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                with pytest.raises(ConfigurationError, match="set its answer_call"):
+                    client.call(b"abc")
+                server.answer_call = answer
+                assert client.call(b"abc") == b"cba"
+                with pytest.raises(ConfigurationError, match="ValueError: nothing"):
+                    client.call(b"")
+                assert client.call(b"de") == b"ed"
+
     def test_a_fork_is_told_to_make_its_own(self) -> None:
         with TransferQueue(FIELDS, ["t"]) as queue, TransferQueueServer(queue) as server:
             with TransferQueueClient(server.endpoint, server.secret) as client:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_flashrl.errors import ConfigurationError, WeightMismatchError
-from lightning_flashrl.weights import Swap, WeightPublisher, WeightReceiver, WeightsAddress
+from lightning_flashrl.weights import Swap, WeightPublisher, WeightReceiver, WeightsAddress, keep
+from lightning_flashrl.weights.publisher import SEQUENCE
 
 PROBE = torch.arange(6)
 
@@ -206,6 +210,47 @@ def test_readers_in_other_processes_never_see_half_a_version() -> None:
             assert len(seen) > 10
         for reader in readers:
             reader.join()
+
+
+def _publish_and_die(out: Any, go: Any, is_torn: bool) -> None:
+    """Publish two versions; with ``is_torn``, die in the middle of a third."""
+    weights = {"w": torch.zeros(1000)}
+    publisher = WeightPublisher(weights)
+    for version in (0, 1):
+        publisher.publish({"w": torch.full((1000,), float(version))}, version, PROBE, torch.zeros(5))
+        publisher.wait()
+    out.put(publisher.address)
+    go.wait()
+    if is_torn:
+        buffer = 1 - publisher._newest()
+        publisher._records.numbers[buffer][SEQUENCE] += 1
+        start = publisher.address.buffer_offset(buffer)
+        publisher._memory.array[start : start + 2000] = 255
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_a_successor_goes_on_in_memory_that_somebody_has_kept(*, is_torn: bool) -> None:
+    context = multiprocessing.get_context("spawn")
+    out, go = context.Queue(), context.Event()
+    process = context.Process(target=_publish_and_die, args=(out, go, is_torn))
+    process.start()
+    address = keep(out.get(timeout=60))
+    with WeightReceiver(address) as receiver:
+        go.set()
+        process.join()
+        with pytest.raises(ConfigurationError, match="cannot be kept"):
+            keep(msgspec.structs.replace(address, pid=process.pid))
+        assert receiver.newest_version == 1
+        with WeightPublisher.attach(address) as successor:
+            assert successor.version == 1
+            for version in (2, 3):
+                successor.publish({"w": torch.full((1000,), float(version))}, version, PROBE, torch.zeros(5))
+                successor.wait()
+                weights, found, _, _ = receiver._read()
+                assert found == version
+                assert bool((weights["w"] == version).all())
+    os.close(address.fd)
 
 
 def test_weights_may_change_once_the_copy_is_done() -> None:
