@@ -228,7 +228,8 @@ def _start(address: HostAddress, settings: HostSettings) -> str:
     payload_fd = os.memfd_create("flashrl-host")
     os.write(payload_fd, pickle.dumps((address, settings, sys.path)))
     read_fd, write_fd = os.pipe()
-    command = [sys.executable, "-m", __name__, str(payload_fd), str(write_fd)]
+    agent_pid = os.getppid()  # a rank's parent
+    command = [sys.executable, "-m", __name__, str(agent_pid), str(payload_fd), str(write_fd)]
     try:
         # The shell leaves at once: the agent, a subreaper, becomes the parent. Ctrl-C is for who started the job.
         shell = ["/bin/sh", "-c", '"$@" &', "sh", *command]
@@ -286,8 +287,8 @@ class _Service:
 
 def main() -> None:
     """Be a host until the run or the agent ends."""
-    payload_fd, told_fd = map(int, sys.argv[1:])
-    die_with_parent(int(os.environ["FLASHRL_AGENT_PID"]))
+    agent_pid, payload_fd, told_fd = map(int, sys.argv[1:])
+    die_with_parent(agent_pid)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent stops ranks; then this process, in its own way
     with os.fdopen(payload_fd, "rb") as file:
         file.seek(0)

@@ -116,7 +116,7 @@ class RunRecorder(L.Callback):
             session = getattr(getattr(trainer, "datamodule", None), "current_session", None)
             if isinstance(session, LeadSession):
                 known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
-            root = int(os.environ.get("FLASHRL_AGENT_PID", os.getpid()))
+            root = os.getppid() if "FLASHRL_SLOT_FDS" in os.environ else os.getpid()  # a rank's parent is its agent
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
             if is_over:

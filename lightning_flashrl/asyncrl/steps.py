@@ -87,6 +87,7 @@ class StepPlan:
         self.next_group = first_group
         self.num_begun = 0
         self._awaited: set[int] = set()  # groups that have begun and are not in the queue yet
+        self._first_rows: dict[int, int] = {}  # … of those that are
         self.group_size = group_size
         self.redoes_steps = redoes_steps
         self.shares: dict[str, dict[int, dict[tuple[int, int], list[int]]]] = {}
@@ -130,12 +131,13 @@ class StepPlan:
             self.num_begun += count
             return groups.start, self.gate.version
 
-    def arrived(self, group: int) -> bool:
-        """Take note that a group is in the queue; return whether it was awaited."""
+    def arrived(self, group: int, row: int) -> bool:
+        """Take note that a group is in the queue, from a row on; return whether these rows are those it has."""
         with self.changed:
-            is_awaited = group in self._awaited
-            self._awaited.discard(group)
-            return is_awaited
+            if group in self._awaited:
+                self._awaited.discard(group)
+                self._first_rows[group] = row
+            return self._first_rows.get(group) == row
 
     def resume(self) -> int:
         """Whoever gave prompts is gone: groups that did not arrive have not begun. Returns the next group's number."""
@@ -161,6 +163,8 @@ class StepPlan:
         with self.changed:
             if version > self.gate.version:
                 self.gate.trained()
+                is_open = set(self.gate.open_rows)
+                self._first_rows = {group: row for group, row in self._first_rows.items() if group in is_open}
                 if not self.redoes_steps:
                     self.final_version = version
                 self.changed.notify_all()
@@ -208,7 +212,8 @@ class PromptSampler(OldestFirst):
         rows, groups = candidates.rows, candidates.tags[_GROUP]
         is_new = rows > self._newest_row
         self._newest_row = max(self._newest_row, int(rows.max()))
-        twice = [group for group in np.unique(groups[is_new]).tolist() if not self._plan.arrived(group)]
+        first_rows = {group: int(rows[groups == group].min()) for group in np.unique(groups[is_new]).tolist()}
+        twice = [group for group, row in first_rows.items() if not self._plan.arrived(group, row)]
         is_stale = is_new & np.isin(groups, twice)
         self._stale += rows[is_stale].tolist()
         kept = ~is_stale

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, PromptSampler, StepPlan, StepSampler
-from lightning_flashrl.engines.experience import EXPERIENCE
+from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError
 from lightning_flashrl.streaming import Lease, Task, TransferQueue
 from lightning_flashrl.tasks import Problem
@@ -320,3 +320,22 @@ def test_whoever_dies_each_row_is_trained_once_and_by_the_same_replica(data: st.
     finally:
         run.feeder.close()
         run.queue.shutdown()
+
+
+def test_who_gives_prompts_may_die_and_none_is_given_twice_or_forgotten(make: Any) -> None:
+    run = make(prompts=2, max_staleness=1)
+    prompts = run.prompts(8)
+    run.feeder.close()
+    run.queue.clear([row for _, row in prompts[:4]])
+    assert run.plan.begin(2) == (4, 0)  # it dies before it has put them
+    assert run.plan.resume() == 4
+    assert (run.plan.num_begun, run.plan.room()) == (4, 2)
+    first_group, version = run.plan.begin(1)
+    tokens, problems = [torch.tensor([4])], [Problem("4", "")]
+    rows = prompt_rows(tokens, problems, group_size=2, first_group=first_group, min_version=version)
+    put = run.queue.put(rows)
+    run.queue.put(rows)  # what it had begun to put comes late
+    assert run.queue.lease("rollout", count=2, timeout_s=5).rows == put
+    with pytest.raises(LeaseTimeoutError):
+        run.queue.lease("rollout", count=1, timeout_s=0.1)
+    assert run.plan.resume() == 5
