@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem, text_of
+from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.session import (
     LeadSession,
     Policy,
     Prompts,
     RankSession,
+    ReplaySession,
     Rollouts,
     Session,
     SessionAddress,
@@ -100,6 +102,9 @@ class StreamingDataModule(L.LightningDataModule):
         seed: of the order of prompts and of the rollouts.
         log_dir: where rollout workers' output goes; ``None`` leaves it in the terminal.
         lease_timeout_s: how long rows are a worker's or rank's without a word of it.
+        record: a folder in which each step's rows are written down, to be trained again bit for bit.
+        replay: such a folder, of an earlier run: its steps are trained, without rollouts. Everything else must be as in
+            that run: initial weights, algorithm, optimizer, number of ranks.
 
     Raises:
         ConfigurationError: no prompts, reward or tokenizer, or a setting that cannot be.
@@ -122,8 +127,12 @@ class StreamingDataModule(L.LightningDataModule):
         seed: int = 0,
         log_dir: str | Path | None = None,
         lease_timeout_s: float = 600.0,
+        record: str | Path | None = None,
+        replay: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if record is not None and replay is not None:
+            raise ConfigurationError(f"record={str(record)!r} and replay={str(replay)!r}; give one of the two")
         if workflow not in list(Workflow):
             raise ConfigurationError(f"workflow={workflow!r}; use one of {', '.join(Workflow)}")
         if max_staleness < 0:
@@ -151,6 +160,8 @@ class StreamingDataModule(L.LightningDataModule):
         self._num_reward_workers = int(reward is not None) if num_reward_workers is None else num_reward_workers
         self._steps_per_epoch = steps_per_epoch
         self._lease_timeout_s = lease_timeout_s
+        self._record = None if record is None else Path(record)
+        self._replay = None if replay is None else Path(replay)
         self._session: Session | None = None
         self._pool: RewardPool | None = None  # of validation
         self._first_group = 0
@@ -303,15 +314,39 @@ class StreamingDataModule(L.LightningDataModule):
             home=home,
             log_dir=self.log_dir,
             lease_timeout_s=self._lease_timeout_s,
+            record=self._step_record(),
         )
         self._session = session
         return session
 
     def join(self, address: SessionAddress, replica_rank: int, stages: Stages) -> RankSession:
         """Join the session on another rank."""
-        session = RankSession(address, self.steps, replica_rank, stages)
+        session = RankSession(address, self.steps, replica_rank, stages, self._step_record())
         self._session = session
         return session
+
+    def _step_record(self) -> StepRecord | None:
+        if self._record is None or self.trainer is None:
+            return None
+        record = StepRecord(self._record, self.trainer.global_rank, self.trainer.world_size)
+        record.begin()
+        return record
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether an earlier run's steps are trained."""
+        return self._replay is not None
+
+    def open_replay(self, stages: Stages) -> None:
+        """Begin to train an earlier run's steps.
+
+        Raises:
+            ConfigurationError: there is no record of such a run.
+        """
+        assert self._replay is not None
+        assert self.trainer is not None
+        record = StepRecord(self._replay, self.trainer.global_rank, self.trainer.world_size)
+        self._session = ReplaySession(record, stages)
 
     def session(self) -> Session:
         """Return the run's session.

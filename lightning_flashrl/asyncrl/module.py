@@ -176,6 +176,11 @@ class AsyncRL(L.LightningModule):
     def on_train_start(self) -> None:
         """Begin rollouts."""
         trainer, data, stages = self.trainer, self.data, self._stages()
+        self._step_began_s = clock.now_s()
+        self._last_waited_s = 0.0
+        if data.is_replay:
+            data.open_replay(stages)
+            return
         address = None
         if trainer.is_global_zero:
             session = data.host(
@@ -192,8 +197,6 @@ class AsyncRL(L.LightningModule):
         if not trainer.is_global_zero:
             assert address is not None
             data.join(address, trainer.global_rank, stages)
-        self._step_began_s = clock.now_s()
-        self._last_waited_s = 0.0
 
     def _home(self) -> HostHome | None:
         """Where ranks that may die find what they share; ``None`` where ranks end together."""

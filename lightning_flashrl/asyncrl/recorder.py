@@ -219,7 +219,7 @@ class RunRecorder(L.Callback):
         steps, validations = self._steps, self._validations
         books = dict(self._books)
         rows = sum(step["rows"] for step in steps)
-        committed = books.pop("rows_committed", 0.0)
+        committed = books.pop("rows_committed", rows)
         spent_s = sum(step["step_s"] for step in steps) or 1.0
 
         def mean(name: str, some: list[dict[str, Any]]) -> float | None:
@@ -236,7 +236,7 @@ class RunRecorder(L.Callback):
             "accuracy_last": accuracy("sampled", -1),
             "greedy_accuracy_first": accuracy("greedy", 0),
             "greedy_accuracy_last": accuracy("greedy", -1),
-            **{name: int(value) for name, value in books.items() if name.startswith("rows_")},
+            **{name: int(books.get(name, 0)) for name in SUMMARY_KEYS if name.startswith("rows_")},
             "rows_trained": int(rows),
             "rows_duplicated": int(max(0, rows - committed)),
             "staleness_max": int(max((step["staleness/max"] for step in steps), default=0)),

@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.host import HostSettings, HostView, StreamHost
 from lightning_flashrl.asyncrl.host_process import HostHome, RemoteHost
+from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import CRITIC, Feeder, TakeProblems
@@ -159,13 +160,22 @@ class Session:
         steps: what a step is.
         replica_rank: which data-parallel replica this is.
         stages: the run's tasks.
+        record: where micro-batches are written down; ``None`` for nowhere.
 
     Attributes:
         waited_s: time without a micro-batch, in all, since the first one came.
         began_s: when the first one came, on :func:`lightning_flashrl.clock.now_s`: rollout workers had started then.
     """
 
-    def __init__(self, queue: QueueVerbs, steps: StepSettings, replica_rank: int, stages: Stages) -> None:
+    def __init__(
+        self,
+        queue: QueueVerbs,
+        steps: StepSettings,
+        replica_rank: int,
+        stages: Stages,
+        record: StepRecord | None = None,
+    ) -> None:
+        self._record = record
         self.waited_s = 0.0
         self.began_s: float | None = None
         self.stages = stages
@@ -183,15 +193,18 @@ class Session:
             WorkerFailedError: nobody generates any more.
             LeaseLostError: this rank was without a word for so long that its rows went to others.
         """
-        tasks = list(self.stages.trained)
+        tasks, trained = list(self.stages.trained), []
         while tasks:
             lease = self._next(tasks, version)
             if lease is None:
                 self._renew()
                 continue
             self._hold(lease)
+            trained.append(lease)
             yield lease
         self._held = [self._queue.renew(lease) for lease in self._held]
+        if self._record is not None:
+            self._record.write(version, trained)
 
     def take(self, task: str, version: int, count: int | None = None, *, timeout_s: float) -> Lease | None:
         """Take rows for one task, if there are any more: this rank's next micro-batch if it is one that trains.
@@ -313,15 +326,50 @@ class RankSession(Session):
         steps: what a step is.
         replica_rank: which data-parallel replica this is.
         stages: the run's tasks.
+        record: where micro-batches are written down; ``None`` for nowhere.
     """
 
-    def __init__(self, address: SessionAddress, steps: StepSettings, replica_rank: int, stages: Stages) -> None:
+    def __init__(
+        self,
+        address: SessionAddress,
+        steps: StepSettings,
+        replica_rank: int,
+        stages: Stages,
+        record: StepRecord | None = None,
+    ) -> None:
         self._client = TransferQueueClient(address.endpoint, address.secret)
-        super().__init__(self._client, steps, replica_rank, stages)
+        super().__init__(self._client, steps, replica_rank, stages, record)
 
     def close(self) -> None:
         """Let go of the queue, which goes on."""
         self._client.disconnect()
+
+
+class ReplaySession(Session):
+    """The session of a rank that trains what a record holds.
+
+    Args:
+        record: of an earlier run.
+        stages: the run's tasks.
+    """
+
+    def __init__(self, record: StepRecord, stages: Stages) -> None:
+        record.check()
+        self.waited_s = 0.0
+        self.began_s = clock.now_s()
+        self.stages = stages
+        self._read = record
+
+    def has(self, version: int) -> bool:
+        """Whether the record holds a step that starts from a version."""
+        return self._read.has(version)
+
+    def micro_batches(self, version: int) -> Iterator[Lease]:
+        """Iterate over what this rank trained in the step that starts from a version; nothing after the last one."""
+        return self._read.read(version) if self.has(version) else iter(())
+
+    def commit(self, lease: Lease, data: Mapping[str, Any]) -> None:
+        """Do nothing: what was computed of the rows stands in the record, too."""
 
 
 class LeadSession(Session):
@@ -341,6 +389,7 @@ class LeadSession(Session):
             step again; ``None`` for a host in this process.
         log_dir: where workers' output goes; ``None`` leaves it in the terminal.
         lease_timeout_s: how long rows are a worker's or rank's without a word of it.
+        record: where micro-batches are written down; ``None`` for nowhere.
 
     Attributes:
         address: for the other ranks.
@@ -363,6 +412,7 @@ class LeadSession(Session):
         home: HostHome | None = None,
         log_dir: Path | None = None,
         lease_timeout_s: float,
+        record: StepRecord | None = None,
     ) -> None:
         self._policy = policy
         self._has_warned = False
@@ -392,7 +442,7 @@ class LeadSession(Session):
             stack.callback(self._host.close)
             self.queue = self._host.queue
             self.address = SessionAddress(self._host.surroundings.endpoint, self._host.surroundings.secret)
-            super().__init__(self.queue, steps, 0, stages)
+            super().__init__(self.queue, steps, 0, stages, record)
             self._feeder = Feeder(
                 self.queue, self._host, prompts.open_at, prompts.encode, group_size=steps.group_size, seed=prompts.seed
             )

@@ -6,6 +6,7 @@
     flashrl -m experiment=grpo_sort seed=0,1,2
     flashrl status outputs/grpo_sort/2026-11-25_10-00-00
     flashrl report outputs/grpo_sort/2026-11-25_10-00-00
+    flashrl replay outputs/grpo_sort/2026-11-25_10-00-00     # after a run with record=true
 
 Objects are built here and nowhere else: the library never sees a config.
 """
@@ -14,7 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +37,8 @@ from lightning_flashrl.errors import ConfigurationError, FlashRLError
 
 _OUTPUT_DIR = "FLASHRL_OUTPUT_DIR"
 """Where the run writes, for the ranks that it starts."""
+_RECORD, _REPLAY = "record", "replay"
+"""Folders in that of a run: its steps' rows, and what came of training them again."""
 _HERE = Path(__file__).resolve().parent.parent
 CONFIGS = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent / "configs"
 """The recipes: beside the package in a checkout, inside it in an installed one."""
@@ -73,6 +79,8 @@ def build(cfg: DictConfig, output_dir: Path, console: Console) -> tuple[Any, Any
         rollout=RolloutSettings(**plain["rollout"]),
         seed=plain["seed"],
         log_dir=output_dir / "logs",
+        record=output_dir / _RECORD if plain["record"] else None,
+        replay=plain["replay"],
     )
     _warm_start(engine, data, plain["warm_start"], output_dir, console)
     algorithm = make(cfg.algorithm)
@@ -254,6 +262,32 @@ def report(output_dir: Path, console: Console) -> int:
     return 0
 
 
+def replay(output_dir: Path, console: Console) -> int:
+    """Train a recorded run again, without rollouts, and compare the weights. Returns the exit status."""
+    output_dir, config = output_dir.resolve(), output_dir.resolve() / "config"
+    if not (output_dir / _RECORD).is_dir() or not config.is_dir():
+        console.print(f"{output_dir} holds no recorded run; give the folder of one with record=true", style="red")
+        return 1
+    again = output_dir / _REPLAY
+    shutil.rmtree(again, ignore_errors=True)
+    again.mkdir()
+    warm = output_dir / "warm_start.pt"
+    if warm.exists():
+        shutil.copy(warm, again)
+    settings = ["record=false", f"replay={output_dir / _RECORD}", f"paths.output_dir={again}", f"hydra.run.dir={again}"]
+    settings += ["hydra.output_subdir=config", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    command = ["-m", "lightning_flashrl.cli.flashrl", "--config-path", str(config), "--config-name", "config"]
+    done = subprocess.run([sys.executable, *command, *settings], check=False)
+    if done.returncode:
+        return done.returncode
+    found = [json.loads((folder / "summary.json").read_text())["weights_sha256"] for folder in (output_dir, again)]
+    if found[0] == found[1]:
+        console.print(f"the same weights, bit for bit: sha256 {found[0]}", highlight=False, soft_wrap=True)
+        return 0
+    console.print(f"other weights: sha256 {found[0]} then, {found[1]} now", style="red", soft_wrap=True)
+    return 1
+
+
 def _what_was_wrong(error: BaseException) -> str:
     """Return the package's own text if there is one below Hydra's, else Hydra's and what it was caused by."""
     own: BaseException | None = error
@@ -267,7 +301,7 @@ def _what_was_wrong(error: BaseException) -> str:
 
 def main() -> None:
     """Be ``flashrl``."""
-    commands = {"status": status, "report": report}
+    commands = {"status": status, "report": report, "replay": replay}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         if len(sys.argv) != 3:
             sys.exit(f"usage: flashrl {sys.argv[1]} DIR")

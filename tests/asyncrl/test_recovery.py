@@ -16,11 +16,12 @@ JOB = Path(__file__).parents[1] / "jobs" / "rl.py"
 STEPS = 6
 
 
-def run(output_dir: Path, *chaos: str, devices: int = 2, steps: int = STEPS, workflow: str = "async") -> dict[str, Any]:
+def run(output_dir: Path, *chaos: str, **options: Any) -> dict[str, Any]:
     """Train with faults, and return the summary."""
-    arguments = ["--strategy", "flash_ddp", "--devices", str(devices), "--max-steps", str(steps)]
+    options = {"strategy": "flash_ddp", "devices": 2, "max-steps": STEPS, **options}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, str(JOB), str(output_dir), *arguments, "--workflow", workflow],
+        [sys.executable, str(JOB), str(output_dir), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "FLASHRL_CHAOS": json.dumps(chaos)},
         capture_output=True,
         text=True,
@@ -46,3 +47,26 @@ def check(summary: dict[str, Any], recoveries: int, steps: int = STEPS) -> None:
 @pytest.mark.parametrize("phase", ["batch_start", "forward", "backward", "batch_end"])
 def test_a_killed_rank_takes_no_row_with_it(tmp_path: Path, rank: int, phase: str) -> None:
     check(run(tmp_path, f"kill rank={rank} step=3 phase={phase}"), recoveries=1)
+
+
+def test_a_recovered_run_is_the_run_that_never_failed_given_the_same_rows(tmp_path: Path) -> None:
+    """Bit for bit, with several micro-batches a step, two ranks and stale rows."""
+    faults = ["kill rank=1 step=2 phase=backward count=2", "kill rank=0 step=4 phase=forward"]
+    recovered = run(tmp_path / "recovered", *faults, record=tmp_path / "record", **{"max-staleness": 2})
+    assert recovered["recoveries"] == 2
+    assert recovered["staleness_max"] > 0
+    assert not list((tmp_path / "record").glob("*/*.tmp"))
+    never_failed = run(tmp_path / "never failed", replay=tmp_path / "record")
+    assert never_failed["recoveries"] == 0
+    assert never_failed["weights_sha256"] == recovered["weights_sha256"]
+    again = run(tmp_path / "again", "kill rank=0 step=3 phase=backward", replay=tmp_path / "record")
+    assert again["recoveries"] == 1
+    assert again["weights_sha256"] == recovered["weights_sha256"]
+
+
+def test_a_record_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "one", strategy="auto", devices=1, record=tmp_path / "record", **{"max-steps": 2})
+    with pytest.raises(AssertionError, match=r"is of 1 rank\(s\) and this run has 2; give Trainer\(devices=1\)"):
+        run(tmp_path / "two", replay=tmp_path / "record")
+    with pytest.raises(AssertionError, match="holds no record"):
+        run(tmp_path / "none", strategy="auto", devices=1, replay=tmp_path / "nowhere")

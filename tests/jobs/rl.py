@@ -81,12 +81,16 @@ def main() -> None:
     parser.add_argument("--workflow", default="async")
     parser.add_argument("--max-staleness", type=int, default=1)
     parser.add_argument("--max-steps", type=int, default=5)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--replay", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     engine = make_engine()
     data = make_data(
         workflow=options.workflow,
         max_staleness=options.max_staleness,
+        record=options.record,
+        replay=options.replay,
         rollout=RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, num_ahead=4, workers=options.workers),
     )
     callbacks: list[L.Callback] = [RunRecorder(options.output_dir)]
