@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_flashrl.asyncrl.host_calls import HostAddress
 from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.recording import StepRecord
@@ -25,7 +26,6 @@ from lightning_flashrl.asyncrl.session import (
     ReplaySession,
     Rollouts,
     Session,
-    SessionAddress,
 )
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
@@ -319,7 +319,7 @@ class StreamingDataModule(L.LightningDataModule):
         self._session = session
         return session
 
-    def join(self, address: SessionAddress, replica_rank: int, stages: Stages) -> RankSession:
+    def join(self, address: HostAddress, replica_rank: int, stages: Stages) -> RankSession:
         """Join the session on another rank."""
         session = RankSession(address, self.steps, replica_rank, stages, self._step_record())
         self._session = session
@@ -357,6 +357,21 @@ class StreamingDataModule(L.LightningDataModule):
         if self._session is None:
             raise ConfigurationError("StreamingDataModule has no session; train an AsyncRL module with it")
         return self._session
+
+    def scale(self, role: str, num_workers: int) -> None:
+        """Add or remove workers while the run goes on; on rank 0.
+
+        Args:
+            role: ``"rollout"``, ``"reward"`` or ``"reference"``.
+            num_workers: how many there shall be. With 0 the run waits, until there are some again.
+
+        Raises:
+            ConfigurationError: there is no session here, the run has no such role, or a number below 0.
+        """
+        session = self.session()
+        if not isinstance(session, LeadSession):
+            raise ConfigurationError("workers are added and removed by rank 0; call scale() there, or `flashrl scale`")
+        session.scale(role, num_workers)
 
     @property
     def current_session(self) -> Session | None:

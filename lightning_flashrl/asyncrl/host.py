@@ -17,6 +17,7 @@ from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import UPDATE, StepPlan
 from lightning_flashrl.engines.process import Surroundings, Team, WorkerFleet, WorkerRecord, idle_share, summed
 from lightning_flashrl.engines.worker import WorkerStatistics, total
+from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.streaming import QueueStatistics, TransferQueue, TransferQueueServer
 from lightning_flashrl.weights import StalenessGate, WeightsAddress, keep
 
@@ -273,6 +274,22 @@ class StreamHost:
                 num_replaced=sum(fleet.num_replaced for fleet in self._fleets),
                 failure=next(((f.error.name, f.error.reason) for f in self._fleets if f.error is not None), None),
             )
+
+    def scale(self, role: str, num_workers: int) -> None:
+        """Add or remove workers.
+
+        Args:
+            role: theirs.
+            num_workers: how many there shall be; with 0 the run waits until there are some again.
+
+        Raises:
+            ConfigurationError: the run has no such role, or a number below 0.
+        """
+        fleet = next((fleet for fleet in self._fleets if fleet.role == role), None)
+        if fleet is None:
+            roles = ", ".join(fleet.role for fleet in self._fleets) or "none"
+            raise ConfigurationError(f"the run has no {role!r} workers; it has {roles}")
+        fleet.scale(num_workers)
 
     def end_workers(self) -> None:
         """End workers; afterwards :meth:`view` has all that they had to tell."""

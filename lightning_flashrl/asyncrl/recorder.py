@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import msgspec
 import torch
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.datamodule import StreamingDataModule
+from lightning_flashrl.asyncrl.host_calls import HostAddress
 from lightning_flashrl.asyncrl.module import AsyncRL
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
 from lightning_flashrl.asyncrl.session import LeadSession
@@ -71,6 +73,7 @@ class RunRecorder(L.Callback):
 
     * ``history.jsonl``: a line for each step and each validation.
     * ``processes.json``: every process of the run, twice a second.
+    * ``session.json``: how the run's host is reached, while it goes on; for this user only.
     * ``summary.json``: at the end; see :data:`SUMMARY_KEYS`.
 
     Args:
@@ -84,6 +87,7 @@ class RunRecorder(L.Callback):
         self._books: dict[str, float] = {}
         self._began_s = 0.0
         self._ended_s = 0.0
+        self._announced: HostAddress | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -115,12 +119,22 @@ class RunRecorder(L.Callback):
                     known[int(path.read_text())] = ("trainer", int(path.name), "")
             session = getattr(getattr(trainer, "datamodule", None), "current_session", None)
             if isinstance(session, LeadSession):
+                self._announce(session)
                 known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
             root = os.getppid() if "FLASHRL_SLOT_FDS" in os.environ else os.getpid()  # a rank's parent is its agent
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
             if is_over:
                 return
+
+    def _announce(self, session: LeadSession) -> None:
+        """Write down how the host is reached."""
+        if session.address != self._announced:
+            self._announced = session.address
+            path = self.output_dir / "session.json"
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(msgspec.json.encode(session.address))
 
     # ------------------------------------------------------------------ history
     def _recall(self) -> None:
@@ -201,6 +215,8 @@ class RunRecorder(L.Callback):
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._announced = None
+            (self.output_dir / "session.json").unlink(missing_ok=True)
             shutil.rmtree(self.output_dir / _RANKS, ignore_errors=True)
 
     @property

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_flashrl import clock
+from lightning_flashrl.asyncrl.host_calls import HostAddress
 from lightning_flashrl.asyncrl.prompts import Backlog, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.session import (
     LeadSession,
@@ -34,7 +35,6 @@ from lightning_flashrl.asyncrl.session import (
     RankSession,
     Rollouts,
     Session,
-    SessionAddress,
 )
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
@@ -63,7 +63,7 @@ class ServiceAddress:
         version: policy version when the address was asked for.
     """
 
-    session: SessionAddress
+    session: HostAddress
     weights: WeightsAddress
     steps: StepSettings
     stages: Stages

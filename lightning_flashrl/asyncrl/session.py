@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.host import HostSettings, HostView, StreamHost
-from lightning_flashrl.asyncrl.host_process import HostHome, RemoteHost
+from lightning_flashrl.asyncrl.host_calls import HostAddress, HostService, RemoteHost
+from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
@@ -44,19 +45,6 @@ _MANY_UNINFORMATIVE, _MAX_UNINFORMATIVE = 4, 64
 """So many steps' worth of rows without anything to learn from are warned of, and given up."""
 _LOOK_S = 0.2
 """How often a rank that waits for rows looks whether everybody is well."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionAddress:
-    """How a rank reaches the session's queue.
-
-    Attributes:
-        endpoint: of the queue.
-        secret: of the queue.
-    """
-
-    endpoint: str
-    secret: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +319,7 @@ class RankSession(Session):
 
     def __init__(
         self,
-        address: SessionAddress,
+        address: HostAddress,
         steps: StepSettings,
         replica_rank: int,
         stages: Stages,
@@ -438,10 +426,11 @@ class LeadSession(Session):
                     teams=tuple(rollouts.teams(stages, workflow.swap, policy.reference, steps.micro_batch_tokens)),
                     log_dir=log_dir,
                 )
-                self._host = StreamHost(settings) if home is None else home.start(settings)
+                self._host = _serve(StreamHost(settings)) if home is None else home.start(settings)
             stack.callback(self._host.close)
+            self._published = self.publisher.version
             self.queue = self._host.queue
-            self.address = SessionAddress(self._host.surroundings.endpoint, self._host.surroundings.secret)
+            self.address = HostAddress(self._host.surroundings.endpoint, self._host.surroundings.secret)
             super().__init__(self.queue, steps, 0, stages, record)
             self._feeder = Feeder(
                 self.queue, self._host, prompts.open_at, prompts.encode, group_size=steps.group_size, seed=prompts.seed
@@ -465,7 +454,7 @@ class LeadSession(Session):
 
     def micro_batches(self, version: int) -> Iterator[Lease]:
         """Iterate over the step's micro-batches; see :meth:`Session.micro_batches`."""
-        if version > self.publisher.version:  # a predecessor died before it had published them
+        if version > self._published:  # a predecessor died before it had published them
             self.step_done(self._policy.weights, version)
         return super().micro_batches(version)
 
@@ -487,13 +476,18 @@ class LeadSession(Session):
 
     def step_done(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Publish the new weights, and let the next step and its prompts begin."""
-        if version > self.publisher.version:  # else a predecessor has published them
+        if version > self._published:  # else a predecessor has published them
+            self._published = version
             self.publisher.publish(weights, version, self._policy.probe, self._policy.score(self._policy.probe))
         self._host.step_done(version)
 
     def finish(self, version: int) -> None:
         """Commit the rows of steps that no rank will redo."""
         self._host.finish(version)
+
+    def scale(self, role: str, num_workers: int) -> None:
+        """Add or remove workers; see :meth:`StreamHost.scale`."""
+        self._host.scale(role, num_workers)
 
     def check(self) -> None:
         """Say what went wrong with prompts or workers.
@@ -530,3 +524,8 @@ class LeadSession(Session):
     def close(self) -> None:
         """End workers, server and queue."""
         self._resources.close()
+
+
+def _serve(host: StreamHost) -> StreamHost:
+    HostService(host)
+    return host

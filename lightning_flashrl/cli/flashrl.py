@@ -6,6 +6,7 @@
     flashrl -m experiment=grpo_sort seed=0,1,2
     flashrl status outputs/grpo_sort/2026-11-25_10-00-00
     flashrl report outputs/grpo_sort/2026-11-25_10-00-00
+    flashrl scale outputs/grpo_sort/2026-11-25_10-00-00 rollout=3   # while it runs
     flashrl replay outputs/grpo_sort/2026-11-25_10-00-00     # after a run with record=true
 
 Objects are built here and nowhere else: the library never sees a config.
@@ -20,11 +21,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+import msgspec
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -262,6 +264,41 @@ def report(output_dir: Path, console: Console) -> int:
     return 0
 
 
+def scale(output_dir: Path, wishes: Sequence[str], console: Console) -> int:
+    """Add or remove workers of a run that goes on. Returns the exit status.
+
+    Args:
+        output_dir: of the run.
+        wishes: ``role=number`` each.
+        console: for people.
+    """
+    from lightning_flashrl.asyncrl.host_calls import HostAddress, RemoteHost
+
+    numbers = {}
+    for wish in wishes:
+        role, _, number = wish.partition("=")
+        if not role or not number.isdecimal():
+            console.print(f"{wish!r} is no wish; write role=number, such as rollout=3", style="red")
+            return 2
+        numbers[role] = int(number)
+    path = output_dir / "session.json"
+    try:
+        address = msgspec.json.decode(path.read_bytes(), type=HostAddress)
+    except FileNotFoundError:
+        console.print(f"{path} does not exist; give the output folder of a run that goes on", style="red")
+        return 1
+    try:
+        host = RemoteHost(address)
+        with host.queue:
+            for role, count in numbers.items():
+                host.scale(role, count)
+                console.print(f"{count} {role} worker(s)", highlight=False)
+    except FlashRLError as error:
+        console.print(str(error), style="red")
+        return 1
+    return 0
+
+
 def replay(output_dir: Path, console: Console) -> int:
     """Train a recorded run again, without rollouts, and compare the weights. Returns the exit status."""
     output_dir, config = output_dir.resolve(), output_dir.resolve() / "config"
@@ -302,6 +339,10 @@ def _what_was_wrong(error: BaseException) -> str:
 def main() -> None:
     """Be ``flashrl``."""
     commands = {"status": status, "report": report, "replay": replay}
+    if len(sys.argv) > 1 and sys.argv[1] == "scale":
+        if len(sys.argv) < 4:
+            sys.exit("usage: flashrl scale DIR ROLE=NUMBER …")
+        sys.exit(scale(Path(sys.argv[2]), sys.argv[3:], Console()))
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         if len(sys.argv) != 3:
             sys.exit(f"usage: flashrl {sys.argv[1]} DIR")

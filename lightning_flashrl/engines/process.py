@@ -51,6 +51,9 @@ POLICY, REFERENCE_POLICY = "policy", "reference"
 _REPORT_S = 0.25
 _END_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct("<Q")
+_LOOK_S = 1.0
+_HANG_TIMEOUT_S = 30.0
+"""A worker that serves and is silent for so long hangs, or was stopped."""
 _MAX_DEATHS = 5
 """Deaths of workers within :data:`_DEATH_WINDOW_S` that are replaced, and of one that has done nothing, at any time."""
 _DEATH_WINDOW_S = 60.0
@@ -215,6 +218,9 @@ class _Process:
                 log.close()
         self.record = WorkerRecord(role, rank, self._process.pid, clock.wall_s())
         self.report_fd = report_fd
+        self.heard_s = clock.now_s()
+        self.verdict = ""
+        self.is_leaving = False
         self.error = ""
         self._unread = b""
         assert self._process.stdin is not None
@@ -225,6 +231,7 @@ class _Process:
     def read(self) -> bool:
         """Take in what it has told; return whether there may be more."""
         data = os.read(self.report_fd, 65536)
+        self.heard_s = clock.now_s()
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
             told = json.loads(line)
@@ -249,6 +256,7 @@ class _Process:
 
     def end(self) -> None:
         """Tell it to end."""
+        self.is_leaving = True
         self._close_input()
 
     def kill(self) -> None:
@@ -262,7 +270,7 @@ class _Process:
 
 
 class WorkerFleet:
-    """Workers of one role on this host. A worker that is killed is replaced; one that raises ends the run.
+    """Workers of one role on this host. A worker that dies or hangs is replaced; one that raises ends the run.
 
     Args:
         team: the workers.
@@ -270,13 +278,14 @@ class WorkerFleet:
         log_dir: where their output goes, ``<role>-<rank>.log``; ``None`` leaves it where this process's goes.
 
     Attributes:
+        role: what they do.
         num_replaced: workers that died and were replaced.
         error: that a worker raised an error, or that too many died.
     """
 
     def __init__(self, team: Team, surroundings: Surroundings, log_dir: Path | None = None) -> None:
         self._payload = _part(msgspec.json.encode(surroundings)) + team.payload
-        self._role = team.role
+        self.role = team.role
         self._log_dir = log_dir
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
@@ -291,8 +300,8 @@ class WorkerFleet:
         self._wake_fd, self._waker_fd = os.pipe()
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._is_over = False
-        for rank in range(team.num_workers):
-            self._start(rank)
+        self._ranks: set[int] = set()  # of workers that shall be there
+        self.scale(team.num_workers)
         self._thread = threading.Thread(target=self._watch, name="flashrl-fleet", daemon=True)
         self._thread.start()
 
@@ -300,6 +309,30 @@ class WorkerFleet:
         """Return what is known of each worker, also of those that are gone."""
         with self._lock:
             return [*self._past, *(process.record for process in self._processes.values())]
+
+    def scale(self, num_workers: int) -> None:
+        """Start or end workers until there are so many. One that ends gives back what it has.
+
+        Raises:
+            ConfigurationError: a number below 0.
+        """
+        if num_workers < 0:
+            raise ConfigurationError(f"{num_workers} {self.role} workers; use 0 or more")
+        with self._lock:
+            if self._is_over:
+                return
+            leaving = {rank for rank in self._ranks if rank >= num_workers}
+            self._ranks -= leaving
+            for process in self._processes.values():
+                if process.record.rank in leaving and not process.is_leaving:
+                    process.end()
+            for rank in sorted(set(range(num_workers)) - self._ranks):
+                self._ranks.add(rank)
+                self._start(rank)
+        self._wake()
+
+    def _wake(self) -> None:
+        os.write(self._waker_fd, b".")
 
     def close(self) -> None:
         """End all workers and wait for that."""
@@ -309,7 +342,7 @@ class WorkerFleet:
             self._is_over = True
             for process in self._processes.values():
                 process.end()
-        os.write(self._waker_fd, b".")
+        self._wake()
         self._thread.join(2 * _END_TIMEOUT_S)
         for process in self._processes.values():  # those that did not hear
             process.kill()
@@ -328,34 +361,49 @@ class WorkerFleet:
 
     # ------------------------------------------------------------------ the thread
     def _start(self, rank: int) -> None:
-        path = None if self._log_dir is None else self._log_dir / f"{self._role}-{rank}.log"
-        process = _Process(self._role, rank, self._payload, path)
+        path = None if self._log_dir is None else self._log_dir / f"{self.role}-{rank}.log"
+        process = _Process(self.role, rank, self._payload, path)
         self._processes[process.report_fd] = process
         self._selector.register(process.report_fd, selectors.EVENT_READ)
 
     def _watch(self) -> None:
-        while self._processes:
-            for key, _ in self._selector.select():
+        while self._processes or not self._is_over:
+            for key, _ in self._selector.select(_LOOK_S):
                 if key.fd == self._wake_fd:
-                    self._selector.unregister(self._wake_fd)
+                    os.read(self._wake_fd, 4096)
                     continue
                 process = self._processes[key.fd]
                 if not process.read():
                     self._selector.unregister(key.fd)
                     self._ended(process)
+            self._look()
+
+    def _look(self) -> None:
+        """Kill workers that hang: they say each quarter of a second what they have done."""
+        with self._lock:
+            for process in self._processes.values():
+                silent_s = clock.now_s() - process.heard_s
+                if process.record.state == "serving" and silent_s > _HANG_TIMEOUT_S and not process.verdict:
+                    process.verdict = f"was silent for {silent_s:.0f} s and was killed"
+                    process.kill()
 
     def _ended(self, process: _Process) -> None:
         status = process.wait()
         with self._lock:
             del self._processes[process.report_fd]
             self._past.append(process.record)
-            if self._is_over or status == 0:
+            if self._is_over or process.is_leaving:
                 return
-            name = f"{self._role} worker {process.record.rank}"
+            if status == 0:  # the stream has ended
+                self._ranks.discard(process.record.rank)
+                return
+            name = f"{self.role} worker {process.record.rank}"
             if process.error:
                 self.error = WorkerFailedError(name, f"raised:\n{process.error}")
                 return
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with status {status}"
+            how = process.verdict or (
+                f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with status {status}"
+            )
             rank = process.record.rank
             self._fruitless[rank] = 0 if process.record.statistics.num_completions else self._fruitless[rank] + 1
             if self._fruitless[rank] > _MAX_DEATHS:

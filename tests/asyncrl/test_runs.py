@@ -187,6 +187,57 @@ class TestFaults:
         assert summary["workers_replaced"] == 1
         _check_books(summary, rows=6 * 16, staleness=1)
 
+    def test_a_worker_that_hangs_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Stopper(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.global_step == 3:
+                    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                    os.kill(data.current_session.view().workers[0].pid, signal.SIGSTOP)
+
+        monkeypatch.setattr(process, "_HANG_TIMEOUT_S", 2.0)
+        _fit(rl.make_data(), Stopper(), RunRecorder(tmp_path), max_steps=6)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["workers_replaced"] == 1
+        _check_books(summary, rows=6 * 16, staleness=1)
+
+    def test_workers_come_and_go_and_no_row_is_lost(self, tmp_path: Path) -> None:
+        """From one to three, to none for a while, to two; by hand and from the command line."""
+        seen: list[int] = []
+
+        class Scaler(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                wish = {2: 3, 4: 0, 5: 2}.get(trainer.global_step)
+                if wish is not None and trainer.global_step != 5:
+                    data.scale("rollout", wish)
+                if trainer.global_step == 4:
+                    threading.Timer(1.0, self.by_command).start()
+                seen.append(len([w for w in data.current_session.view().workers if w.state != "ended"]))
+
+            def by_command(self) -> None:
+                command = [sys.executable, "-m", "lightning_flashrl.cli.flashrl", "scale", str(tmp_path), "rollout=2"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                seen.append(-done.returncode)
+                assert "2 rollout worker(s)" in done.stdout, done.stdout + done.stderr
+
+        _fit(rl.make_data(), Scaler(), RunRecorder(tmp_path), max_steps=8)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        _check_books(summary, rows=8 * 16, staleness=1)
+        assert summary["workers_replaced"] == 0
+        assert max(seen) == 3
+        assert 0 in seen
+        assert not (tmp_path / "session.json").exists()
+
+    def test_wishes_that_cannot_be_are_refused(self) -> None:
+        class Scaler(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                for role, number, said in (("critic", 1, "no 'critic' workers; it has rollout"), ("rollout", -1, "-1")):
+                    with pytest.raises(ConfigurationError, match=said):
+                        data.scale(role, number)
+
+        _fit(rl.make_data(), Scaler(), max_steps=1)
+
     def test_a_worker_that_leaves_ends_the_run(self) -> None:
         """A user's ``sys.exit``, whatever its status."""
         with pytest.raises(WorkerFailedError, match="SystemExit"):
