@@ -52,7 +52,7 @@ class Steps(L.Callback):
         found: Mapping[str, float] = pl_module.last_step  # type: ignore[assignment]
         names = ("reward", "step_s", "waited_s", "idle_share/rollout", "staleness/oldest", "staleness/max", "rows")
         session = trainer.datamodule.session()  # type: ignore[attr-defined]
-        done = session.worker_statistics()
+        done = session.view().statistics()
         self.steps.append(
             {name: found[name] for name in names}
             | {"at_s": time.perf_counter(), "busy_s": done.busy_s, "exposed_sync_s": found["exposed_sync_s"]}

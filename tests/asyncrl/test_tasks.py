@@ -69,7 +69,7 @@ class Diary(L.Callback):
         session = trainer.datamodule.session()
         if isinstance(session, LeadSession):
             self.queue = session.queue.statistics()
-            self.num_failed = lambda: session.worker_statistics("reward").num_failed
+            self.num_failed = lambda: session.view().statistics("reward").num_failed
 
 
 def fit(
