@@ -17,6 +17,7 @@ import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import msgspec
 
@@ -80,12 +81,8 @@ def _start(address: HostAddress, settings: HostSettings) -> str:
     payload_fd = os.memfd_create("flashrl-host")
     os.write(payload_fd, pickle.dumps((address, settings, sys.path)))
     read_fd, write_fd = os.pipe()
-    agent_pid = os.getppid()  # a rank's parent
-    command = [sys.executable, "-m", __name__, str(agent_pid), str(payload_fd), str(write_fd)]
     try:
-        # The shell leaves at once: the agent, a subreaper, becomes the parent. Ctrl-C is for who started the job.
-        shell = ["/bin/sh", "-c", '"$@" &', "sh", *command]
-        subprocess.run(shell, pass_fds=[payload_fd, write_fd], start_new_session=True, check=True)
+        start_below_agent(__name__, [str(payload_fd), str(write_fd)], [payload_fd, write_fd])
     finally:
         os.close(payload_fd)
         os.close(write_fd)
@@ -94,6 +91,14 @@ def _start(address: HostAddress, settings: HostSettings) -> str:
     if word == _READY:
         return ""
     return word.decode() or "it died; its output says why"
+
+
+def start_below_agent(module: str, arguments: Sequence[str], fds: Sequence[int] = ()) -> None:
+    """Start a module as a process that outlives this rank, with the agent's number before its arguments."""
+    command = [sys.executable, "-m", module, str(os.getppid()), *arguments]  # a rank's parent is its agent
+    # The shell leaves at once: the agent, a subreaper, becomes the parent. Ctrl-C is for who started the job.
+    shell = ["/bin/sh", "-c", '"$@" &', "sh", *command]
+    subprocess.run(shell, pass_fds=fds, start_new_session=True, check=True)
 
 
 # --------------------------------------------------------------------------- the host's process

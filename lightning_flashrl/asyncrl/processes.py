@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lightning_flashrl import clock
 
+_SAME_S = 1.0
+"""The wall clock may be set by less than this while a run goes on."""
 _STATES = {"R": "running", "S": "running", "D": "running", "I": "running", "T": "stopped", "t": "stopped"}
 
 
@@ -43,15 +45,17 @@ class _Seen:
 
 def _look_around() -> dict[int, _Seen]:
     """Return every process of the machine that can be seen."""
-    found = {}
-    boot_s = clock.wall_s() - clock.now_s()
-    ticks = os.sysconf("SC_CLK_TCK")
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-                found[int(name)] = _Seen(int(name), int(fields[1]), fields[0], boot_s + int(fields[19]) / ticks)
-    return found
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return {pid: seen for pid in pids if (seen := _look_at(pid)) is not None}
+
+
+def _look_at(pid: int) -> _Seen | None:
+    """Return what the kernel says of a process; ``None`` if there is none."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        began_s = clock.wall_s() - clock.now_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return _Seen(pid, int(fields[1]), fields[0], began_s)
+    return None
 
 
 def list_processes(root_pid: int, known: Mapping[int, tuple[str, int, str]]) -> list[ProcessEntry]:
@@ -82,6 +86,12 @@ def list_processes(root_pid: int, known: Mapping[int, tuple[str, int, str]]) -> 
         state = _STATES.get(process.state, process.state)
         entries.append(ProcessEntry(role, rank, pid, process.since_s, word if word and state == "running" else state))
     return sorted(entries, key=lambda entry: (entry.role != "trainer", entry.role, entry.rank, entry.pid))
+
+
+def is_alive(entry: ProcessEntry) -> bool:
+    """Whether a process is there, and the same: its number may have been given to another."""
+    seen = _look_at(entry.pid)
+    return seen is not None and seen.state not in "ZX" and abs(seen.since_s - entry.since_s) < _SAME_S
 
 
 def write_processes(path: Path, entries: list[ProcessEntry]) -> None:

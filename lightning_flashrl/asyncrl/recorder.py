@@ -18,6 +18,7 @@ import torch
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.datamodule import StreamingDataModule
 from lightning_flashrl.asyncrl.host_calls import HostAddress
+from lightning_flashrl.asyncrl.killer import KILLS, read_kills
 from lightning_flashrl.asyncrl.module import AsyncRL
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
 from lightning_flashrl.asyncrl.session import LeadSession
@@ -53,6 +54,7 @@ SUMMARY_KEYS = {
     "exposed_sync_s": "time that training waited for the copy of its weights",
     "workers_replaced": "rollout workers that died and were replaced",
     "recoveries": "recoveries of trainer ranks",
+    "kills": "processes of the run that were killed on purpose",
     "wall_s": "time from the start of the rollout workers to the end of training",
     "weights_sha256": "hash of the trained weights",
 }
@@ -100,7 +102,7 @@ class RunRecorder(L.Callback):
         if not trainer.is_global_zero:
             return
         if os.environ.get("FLASHRL_INCARNATION", "0") == "0":
-            for name in ("history.jsonl", "summary.json"):
+            for name in ("history.jsonl", "summary.json", KILLS):
                 (self.output_dir / name).unlink(missing_ok=True)
             (ranks / _BEGAN).unlink(missing_ok=True)
             self._began_s = 0.0
@@ -264,6 +266,7 @@ class RunRecorder(L.Callback):
             "exposed_sync_s": books.get("exposed_sync_s", 0.0),
             "workers_replaced": int(books.get("workers_replaced", 0)),
             "recoveries": getattr(module.trainer.strategy, "num_recoveries", 0),
+            "kills": len(read_kills(self.output_dir)),
             "wall_s": self._ended_s - self._began_s,
             "weights_sha256": weights_sha256(dict(module.trainer_engine.weights())),
         }

@@ -92,6 +92,8 @@ def build(cfg: DictConfig, output_dir: Path, console: Console) -> tuple[Any, Any
     )
     recorder = RunRecorder(output_dir)
     callbacks = [RunProgress(), recorder, *make(cfg.callbacks).values()]
+    if cfg.chaos:
+        callbacks.append(make(cfg.chaos))
     trainer = make(
         cfg.trainer,
         strategy=plain["strategy"]["name"],

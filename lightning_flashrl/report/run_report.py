@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lightning_flashrl.asyncrl.killer import read_kills
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1c1c28; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -74,6 +76,7 @@ def write_run_report(output_dir: Path, descriptions: Mapping[str, str] | None = 
         FileNotFoundError: there is no history.
     """
     steps, validations = read_history(output_dir / "history.jsonl")
+    kills = read_kills(output_dir)
     path = output_dir / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     parts = [
@@ -83,11 +86,13 @@ def write_run_report(output_dir: Path, descriptions: Mapping[str, str] | None = 
         _table(summary, descriptions or {}) if summary else "<p>The run has not ended, or was cut off.</p>",
     ]
     if validations:
-        parts.append("<h2>Held-out accuracy</h2>" + _draw_accuracy(validations))
+        parts.append("<h2>Held-out accuracy</h2>" + _draw_accuracy(validations, kills))
     for title, unit, lines in _PLOTS:
         present = [(name, label) for name, label in lines if any(name in step for step in steps)]
         if present:
-            parts.append(f"<h2>{html.escape(title)}</h2>" + _draw(steps, unit, present))
+            parts.append(f"<h2>{html.escape(title)}</h2>" + _draw(steps, unit, present, kills))
+    if kills:
+        parts.append("<h2>Kills</h2>" + _kill_table(kills))
     parts.append("</body></html>")
     report = output_dir / "report.html"
     report.write_text("\n".join(parts))
@@ -101,6 +106,15 @@ def _table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> str:
         for name, value in summary.items()
     )
     return f"<table>{rows}</table>"
+
+
+def _kill_table(kills: Sequence[Mapping[str, Any]]) -> str:
+    rows = "".join(
+        f"<tr><td class='number'>{kill['step']}</td><td>{html.escape(kill['role'])} {kill['rank']}</td>"
+        f"<td class='what'>process {kill['pid']}</td></tr>"
+        for kill in kills
+    )
+    return f"<table><tr><td>after step</td><td>who</td><td></td></tr>{rows}</table>"
 
 
 def _shown(value: Any) -> str:
@@ -129,8 +143,23 @@ def _svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _draw(steps: Sequence[Mapping[str, Any]], unit: str, lines: Sequence[tuple[str, str]]) -> str:
+def _mark(axes: Any, kills: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a line where somebody was killed, in a colour for each role."""
+    roles = list(dict.fromkeys(kill["role"] for kill in kills))
+    for index, role in enumerate(roles):
+        for number, kill in enumerate(kill for kill in kills if kill["role"] == role):
+            label = f"{role} killed" if not number else None
+            axes.axvline(kill["step"] + 0.5, color=f"C{3 + index}", linewidth=0.8, linestyle=":", label=label)
+
+
+def _draw(
+    steps: Sequence[Mapping[str, Any]],
+    unit: str,
+    lines: Sequence[tuple[str, str]],
+    kills: Sequence[Mapping[str, Any]],
+) -> str:
     figure, axes = _figure(unit)
+    _mark(axes, kills)
     for name, label in lines:
         some = [step for step in steps if name in step]
         axes.plot([step["step"] for step in some], [step[name] for step in some], label=label, linewidth=1.4)
@@ -138,8 +167,9 @@ def _draw(steps: Sequence[Mapping[str, Any]], unit: str, lines: Sequence[tuple[s
     return _svg(figure)
 
 
-def _draw_accuracy(validations: Sequence[Mapping[str, Any]]) -> str:
+def _draw_accuracy(validations: Sequence[Mapping[str, Any]], kills: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = _figure("share right")
+    _mark(axes, kills)
     for how in ("greedy", "sampled"):
         name = f"val/accuracy_{how}"
         some = [line for line in validations if name in line]

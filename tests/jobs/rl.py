@@ -16,6 +16,7 @@ import torch
 from lightning_flashrl import AsyncRL, FlashRecovery, StreamingDataModule
 from lightning_flashrl.algorithms import GRPO
 from lightning_flashrl.asyncrl import RolloutSettings, StepSettings
+from lightning_flashrl.asyncrl.chaos import Chaos
 from lightning_flashrl.asyncrl.recorder import RunRecorder
 from lightning_flashrl.engines.trainer import CausalLMTrainer
 from lightning_flashrl.tasks import CharacterTokenizer, DigitSort
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--workflow", default="async")
     parser.add_argument("--max-staleness", type=int, default=1)
     parser.add_argument("--max-steps", type=int, default=5)
+    parser.add_argument("--schedule", type=lambda text: text.split(","))
     parser.add_argument("--record", type=Path)
     parser.add_argument("--replay", type=Path)
     options = parser.parse_args()
@@ -96,6 +98,8 @@ def main() -> None:
     callbacks: list[L.Callback] = [RunRecorder(options.output_dir)]
     if options.strategy == "flash_ddp":
         callbacks.append(FlashRecovery())
+    if options.schedule:
+        callbacks.append(Chaos(options.output_dir, schedule=options.schedule))
     trainer = make_trainer(
         max_steps=options.max_steps, strategy=options.strategy, devices=options.devices, callbacks=callbacks
     )

@@ -1,0 +1,192 @@
+"""Kills processes of a run on purpose, at random or on schedule, and writes down which.
+
+``python -m lightning_flashrl.asyncrl.killer`` is a process of its own, so that it outlives whom it kills. It knows a
+run from its folder: ``processes.json`` says who is there, ``history.jsonl`` how far training is.
+
+======================  =====================================  ==================================
+who                     waits for                              unblocked by
+======================  =====================================  ==================================
+the killer              its next moment; a step since the      time; the run; the end of the run
+                        last kill of a trainer rank
+======================  =====================================  ==================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_flashrl import clock
+from lightning_flashrl.asyncrl.processes import ProcessEntry, is_alive, read_processes
+from lightning_flashrl.supervisor.process import die_with_parent
+
+_LOOK_S = 0.1
+KILLS = "kills.jsonl"
+ROLES = ("trainer", "rollout", "reward", "reference")
+"""Whose processes may die in a run under ``flash_ddp``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A kill that is planned.
+
+    Attributes:
+        step: optimizer steps of the run before it.
+        role: of the process.
+        rank: its number among those of its role.
+
+    >>> Strike.parse("rollout 0 at step 12")
+    Strike(step=12, role='rollout', rank=0)
+    """
+
+    step: int
+    role: str
+    rank: int
+
+    @classmethod
+    def parse(cls, text: str) -> Strike:
+        """Read ``ROLE RANK at step STEP``.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        match text.split():
+            case [role, rank, "at", "step", step] if rank.isdecimal() and step.isdecimal() and role in ROLES:
+                return cls(int(step), role, int(rank))
+        raise ValueError(f"{text!r} is no strike; write 'ROLE RANK at step STEP', with a role of {', '.join(ROLES)}")
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run, seen through its folder."""
+
+    folder: Path
+
+    def processes(self, role: str) -> list[ProcessEntry]:
+        try:
+            _, found = read_processes(self.folder / "processes.json")
+        except FileNotFoundError:
+            return []
+        return [entry for entry in found if entry.role == role and is_alive(entry)]
+
+    def step(self) -> int:
+        try:
+            lines = (self.folder / "history.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
+        except FileNotFoundError:
+            return 0
+        steps = [found["step"] for found in map(json.loads, lines) if found["kind"] == "step"]
+        return steps[-1] if steps else 0
+
+    @property
+    def is_over(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+
+def read_kills(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the kills of a run: ``step``, ``role``, ``rank`` and more of each; none where nobody was killed."""
+    try:
+        lines = (output_dir / KILLS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+class Killer:
+    """Kills processes of a run until it ends.
+
+    Args:
+        folder: of the run.
+        mtbf_s: mean time between kills, exponentially distributed; ``None`` for none at random.
+        strikes: kills at set steps.
+        roles: whose processes are killed at random.
+        seed: of the random numbers.
+        max_kills: in all; ``None`` for no limit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mtbf_s: float | None,
+        strikes: Sequence[Strike],
+        roles: Sequence[str],
+        seed: int,
+        max_kills: int | None,
+    ) -> None:
+        self._run = _Run(folder)
+        self._mtbf_s = mtbf_s
+        self._strikes = sorted(strikes, key=lambda strike: strike.step)
+        self._roles = tuple(roles)
+        self._random = random.Random(seed)
+        self._left = max_kills
+        self._struck_at = -1
+        """Step of the run when a trainer rank was killed last: the next must not die before all have gone on."""
+
+    def run(self) -> None:
+        """Kill until the run ends."""
+        next_s = self._next_s()
+        while not self._run.is_over and self._left != 0:
+            clock.sleep(_LOOK_S)
+            if (
+                self._strikes
+                and self._run.step() >= self._strikes[0].step
+                and self._kill(self._victim(self._strikes[0]))
+            ):
+                del self._strikes[0]
+            if next_s is not None and clock.now_s() >= next_s:
+                self._kill(self._any_victim())
+                next_s = self._next_s()
+            if next_s is None and not self._strikes:
+                return
+
+    def _next_s(self) -> float | None:
+        return None if self._mtbf_s is None else clock.now_s() + self._random.expovariate(1 / self._mtbf_s)
+
+    def _victim(self, strike: Strike) -> ProcessEntry | None:
+        if strike.role == "trainer" and not self._may_lose_a_rank():
+            return None
+        return next((one for one in self._run.processes(strike.role) if one.rank == strike.rank), None)
+
+    def _any_victim(self) -> ProcessEntry | None:
+        roles = [role for role in self._roles if role != "trainer" or self._may_lose_a_rank()]
+        found = [one for role in roles for one in self._run.processes(role)]
+        return self._random.choice(found) if found else None
+
+    def _may_lose_a_rank(self) -> bool:
+        return self._run.step() > self._struck_at
+
+    def _kill(self, victim: ProcessEntry | None) -> bool:
+        if victim is None:
+            return False
+        step = self._run.step()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+            if victim.role == "trainer":
+                self._struck_at = step
+            if self._left is not None:
+                self._left -= 1
+            told = {"at_s": clock.now_s(), "step": step, "role": victim.role, "rank": victim.rank, "pid": victim.pid}
+            with (self._run.folder / KILLS).open("a") as file:
+                file.write(json.dumps(told) + "\n")
+            return True
+        return False
+
+
+def main() -> None:
+    """Be a killer until the run ends."""
+    parent_pid, text = sys.argv[1:]
+    die_with_parent(int(parent_pid))
+    settings = json.loads(text)
+    strikes = [Strike.parse(text) for text in settings.pop("schedule")]
+    Killer(Path(settings.pop("folder")), strikes=strikes, **settings).run()
+
+
+if __name__ == "__main__":
+    main()
