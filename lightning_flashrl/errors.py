@@ -382,6 +382,18 @@ class StalenessExceededError(FatalError):
         )
 
 
+class JournalError(FatalError):
+    """A queue's journal cannot be read or written. What could not be written did not happen."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the journal {self.path} {self.reason}"
+
+
 class WorkerFailedError(FatalError):
     """A process that serves the job raised an error, or died too often."""
 

@@ -97,7 +97,6 @@ class AsyncRL(L.LightningModule):
         self._has_warned = False
         self._has_warned_of_validation = False
         self._step_began_s = 0.0
-        self._last_waited_s = 0.0
 
     @property
     def policy_version(self) -> int:
@@ -177,7 +176,6 @@ class AsyncRL(L.LightningModule):
         """Begin rollouts."""
         trainer, data, stages = self.trainer, self.data, self._stages()
         self._step_began_s = clock.now_s()
-        self._last_waited_s = 0.0
         if data.is_replay:
             data.open_replay(stages)
             return
@@ -382,7 +380,7 @@ class AsyncRL(L.LightningModule):
         now_s = clock.now_s()
         step_s = now_s - max(self._step_began_s, session.began_s or 0.0)
         self._step_began_s = now_s
-        waited_s, self._last_waited_s = session.waited_s - self._last_waited_s, session.waited_s
+        waited_s = session.take_waited_s()
         rows = int(found["rows"])
         logged = {
             **found,

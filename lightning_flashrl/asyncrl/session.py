@@ -151,7 +151,7 @@ class Session:
         record: where micro-batches are written down; ``None`` for nowhere.
 
     Attributes:
-        waited_s: time without a micro-batch, in all, since the first one came.
+        waited_s: time without a micro-batch since the first one came, and since :meth:`take_waited_s`.
         began_s: when the first one came, on :func:`lightning_flashrl.clock.now_s`: rollout workers had started then.
     """
 
@@ -217,6 +217,11 @@ class Session:
             raise
         self._hold(lease)
         return lease
+
+    def take_waited_s(self) -> float:
+        """Return how long this rank has waited for micro-batches since the last call."""
+        waited_s, self.waited_s = self.waited_s, 0.0
+        return waited_s
 
     def is_step_over(self, task: str, version: int) -> bool:
         """Whether a step has no more rows for a task that trains; rows that were handed out may come back."""

@@ -54,9 +54,8 @@ _LENGTH = struct.Struct("<Q")
 _LOOK_S = 1.0
 _HANG_TIMEOUT_S = 30.0
 """A worker that serves and is silent for so long hangs, or was stopped."""
-_MAX_DEATHS = 5
-"""Deaths of workers within :data:`_DEATH_WINDOW_S` that are replaced, and of one that has done nothing, at any time."""
-_DEATH_WINDOW_S = 60.0
+_MAX_DEATHS = 10
+"""So many processes of a worker may die, one after the other, before one has done a single row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +291,6 @@ class WorkerFleet:
         self.num_replaced = 0
         self.error: WorkerFailedError | None = None
         self._fruitless: collections.Counter[int] = collections.Counter()  # rank → deaths in a row
-        self._deaths: collections.deque[float] = collections.deque(maxlen=_MAX_DEATHS + 1)
         self._lock = threading.Lock()
         self._processes: dict[int, _Process] = {}
         self._past: list[WorkerRecord] = []
@@ -411,14 +409,6 @@ class WorkerFleet:
                     name,
                     f"{how}; {self._fruitless[rank]} of its processes in a row have died before they had done a single "
                     "row; look at their output, and at the memory of the machine",
-                )
-                return
-            self._deaths.append(clock.now_s())
-            if len(self._deaths) > _MAX_DEATHS and self._deaths[-1] - self._deaths[0] < _DEATH_WINDOW_S:
-                self.error = WorkerFailedError(
-                    name,
-                    f"{how}, as others before it: {len(self._deaths)} deaths within {_DEATH_WINDOW_S:g} s; look at "
-                    "their output, and at the memory of the machine",
                 )
                 return
             self.num_replaced += 1

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_flashrl.errors import (
     ConfigurationError,
@@ -316,6 +317,12 @@ class Control:
                 self._puts.tickets.append(ticket)
                 self._puts.serve()
             return ticket
+
+    def restore(self, rows: Rows, written: Sequence[Written], committed: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+        """Take rows of an earlier queue; see :meth:`Ledger.restore`."""
+        with self._acting():
+            self.ledger.restore(rows, written, committed)
+            self._count(written)
 
     def _check_fits(self, num_rows: int, num_bytes: int) -> None:
         bounds = self.bounds

@@ -16,9 +16,9 @@ import functools
 import heapq
 import secrets
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,22 @@ class Written:
     places: Rows
     lengths: Rows
     tags: npt.NDArray[Any] | None = None
+
+
+class Log(Protocol):
+    """Is told of each change of rows before it is made, and may refuse it by raising."""
+
+    def put(self, rows: Rows, written: Sequence[Written]) -> None:
+        """Fields become visible; rows that are not known yet are new."""
+
+    def commit(self, task: str, rows: Rows, *, is_stale: bool) -> None:
+        """A task is done with rows."""
+
+    def clear(self, rows: Rows) -> None:
+        """Rows are forgotten."""
+
+    def close(self) -> None:
+        """No new rows will come."""
 
 
 @dataclass(slots=True)
@@ -185,6 +201,9 @@ class Ledger:
         tasks: who reads them.
         clear_consumed: whether a row is gone once all tasks have committed it.
 
+    Attributes:
+        log: is told of changes; ``None`` for nobody.
+
     Raises:
         ConfigurationError: no tasks or too many, or a sampler that looks at a field which is not one number a row.
         UnknownFieldError: a task or sampler names a field that is not in the schema.
@@ -195,6 +214,7 @@ class Ledger:
             raise ConfigurationError(f"a queue for {len(tasks)} tasks; name 1 to {MAX_TASKS} of them in tasks={{...}}")
         self.schema = schema
         self.clear_consumed = clear_consumed
+        self.log: Log | None = None
         self.is_closed = False
         self.num_put = 0
         self.num_cleared = 0
@@ -247,6 +267,8 @@ class Ledger:
         if rows is None:
             if self.is_closed:
                 raise QueueClosedError
+            if self.log is not None:
+                self.log.put(self._table.upcoming(len(written[0].lengths)), written)
             rows = self._table.append(len(written[0].lengths))
             self.num_put += len(rows)
             for state in self._tasks.values():
@@ -254,6 +276,8 @@ class Ledger:
             cells = np.zeros((len(rows), _PLACES + 2 * len(self._column)), np.int64)
         else:
             cells = self._check_rows(rows, mask)
+            if self.log is not None:
+                self.log.put(rows, written)
         for column in written:
             index = self._column[column.field]
             cells[:, _PLACES + index] = column.places
@@ -370,11 +394,13 @@ class Ledger:
         state = self._tasks[pool.task]
         stale = np.array(pool.sampler.take_stale(), dtype=np.int64)
         if len(stale):
+            self._log_commit(pool.task, stale, is_stale=True)
             self._discard(state, stale, pool)
             state.counts.num_stale += len(stale)
             self._commit_rows(state, stale, self._cells[stale])
         done = self._uncommitted(state, pool.sampler.take_done())
         if len(done):
+            self._log_commit(pool.task, done)
             self._discard(state, done, pool)
             self._end_leases(state, done, "was committed by its sampler")
             state.counts.num_committed += len(done)
@@ -439,6 +465,7 @@ class Ledger:
             DuplicateRowError: a row twice.
         """
         lease = self.check_lease(now_s, lease_id, task, owner, rows)
+        self._log_commit(task, lease.rows if rows is None else rows)
         rows, cells = self._end(lease, "was committed before", rows)
         state = self._tasks[lease.task]
         state.counts.num_committed += len(rows)
@@ -532,6 +559,10 @@ class Ledger:
         cells[:, _LEASED] &= ~self._tasks[lease.task].bit
         return rows, cells
 
+    def _log_commit(self, task: str, rows: Rows, *, is_stale: bool = False) -> None:
+        if self.log is not None:
+            self.log.commit(task, rows, is_stale=is_stale)
+
     def _commit_rows(self, state: _TaskState, rows: Rows, cells: npt.NDArray[np.int64]) -> None:
         cells[:, _COMMITTED] |= state.bit
         self._cells[rows] = cells
@@ -559,6 +590,8 @@ class Ledger:
         if rows is None:
             rows = self._table.all_rows()
         cells = self._check_rows(rows, 0)
+        if self.log is not None:
+            self.log.clear(rows)
         if cells[:, _LEASED].any():
             for lease in self._leases.values():
                 self._tasks[lease.task].counts.num_leased -= int(np.isin(lease.rows, rows).sum())
@@ -574,6 +607,8 @@ class Ledger:
 
     def close(self) -> None:
         """No more rows will come."""
+        if self.log is not None and not self.is_closed:
+            self.log.close()
         self.is_closed = True
         for state in self._tasks.values():
             self._filled.update(dict.fromkeys(state.pools))
@@ -606,6 +641,58 @@ class Ledger:
         self._freed.append((places.ravel(), sizes.ravel()))
         self._table.remove(rows)
         self.num_cleared += len(rows)
+
+    # ------------------------------------------------------------------ a queue that goes on
+    def restore(self, rows: Rows, written: Sequence[Written], committed: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+        """Take rows of an earlier queue, under their numbers.
+
+        Args:
+            rows: ``[N]`` ascending, and beyond all that are there.
+            written: their fields.
+            committed: ``[N]`` for each task, whether it is done with them.
+        """
+        self._table.restore(rows)
+        cells = np.zeros((len(rows), _PLACES + 2 * len(self._column)), np.int64)
+        self._cells[rows] = cells
+        for name, is_done in committed.items():
+            state = self._tasks[name]
+            cells[is_done, _COMMITTED] |= state.bit
+            state.counts.num_open += int((~is_done).sum())
+        self._cells[rows] = cells
+        self.put(written, rows)
+
+    def restore_totals(
+        self, next_row: int, num_put: int, num_cleared: int, committed: Mapping[str, int], stale: Mapping[str, int]
+    ) -> None:
+        """Go on counting where an earlier queue has stopped."""
+        self._table.next_row = next_row
+        self.num_put, self.num_cleared = num_put, num_cleared
+        for name, state in self._tasks.items():
+            state.counts.num_committed = committed.get(name, 0)
+            state.counts.num_stale = stale.get(name, 0)
+
+    def contents(self) -> Iterator[tuple[Rows, list[Written], dict[str, npt.NDArray[np.bool_]]]]:
+        """Iterate over all rows as :meth:`restore` takes them: those with the same fields together."""
+        rows = self._table.all_rows()
+        cells = self._cells[rows]
+        for bits in np.unique(cells[:, _READY]).tolist():
+            chosen = cells[:, _READY] == bits
+            some, its = rows[chosen], cells[chosen]
+            written = [
+                Written(
+                    name,
+                    its[:, _PLACES + self._column[name]],
+                    its[:, _PLACES + len(self._column) + self._column[name]],
+                    self._tags[name][some] if name in self._tags else None,
+                )
+                for name in self.schema.names(bits)
+            ]
+            yield some, written, {name: (its[:, _COMMITTED] & s.bit) != 0 for name, s in self._tasks.items()}
+
+    @property
+    def next_row(self) -> int:
+        """Number of the next new row."""
+        return self._table.next_row
 
     # ------------------------------------------------------------------ looking
     def pools(self, task: str) -> list[Pool]:

@@ -20,6 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -38,6 +39,7 @@ from lightning_flashrl.messaging.memory import attach_memory, make_memory
 from lightning_flashrl.streaming.control import Bounds, Control, Grant, LeaseRequest, QueueStatistics, Ticket
 from lightning_flashrl.streaming.ledger import Ledger, Task, Written
 from lightning_flashrl.streaming.memory import UnitAccess, default_capacity_bytes
+from lightning_flashrl.streaming.resume import QueueJournal
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand, Sampler
 from lightning_flashrl.streaming.schema import Batch, Schema
@@ -348,6 +350,9 @@ class TransferQueue(QueueVerbs):
         num_storage_units: processes that hold the rows; 0 keeps them in this process.
         host: address on which units, and a server of this queue, listen.
         secret: whoever has it may connect to them; a fresh one if none is given.
+        journal: a file in which every change is written down. If it is there already, the queue goes on with the rows
+            of the one that wrote it, whatever ended that; rows that were leased are leased anew. Delete it to begin
+            with nothing.
 
     Attributes:
         secret: for clients.
@@ -356,6 +361,7 @@ class TransferQueue(QueueVerbs):
         ConfigurationError: a bound, time-out, task or sampler that cannot be.
         UnknownFieldError: a task or sampler names a field that is not in the schema.
         QueueUnavailableError: a storage unit did not come up.
+        JournalError: the journal is damaged, cannot be written, or another queue writes to it.
 
     >>> import torch
     >>> from lightning_flashrl.streaming import Field
@@ -381,6 +387,7 @@ class TransferQueue(QueueVerbs):
         num_storage_units: int = 0,
         host: str = "127.0.0.1",
         secret: str | None = None,
+        journal: str | Path | None = None,
     ) -> None:
         self._is_closed = self._is_shut_down = True  # until there is something to close
         self.schema = schema if isinstance(schema, Schema) else Schema(schema)
@@ -394,6 +401,9 @@ class TransferQueue(QueueVerbs):
         self.secret = secret or secrets.token_hex(16)
         bounds, named, checked_tasks = Bounds(max_rows, max_bytes), dict(samplers or {}), _as_tasks(tasks)
         Ledger(self.schema, checked_tasks)  # says what is wrong before anything is started
+        self.journal: QueueJournal | None = None
+        if journal is not None:
+            self.journal = QueueJournal(Path(journal), self.schema, tuple(checked_tasks), clear_consumed=clear_consumed)
         self.unit_processes = tuple(UnitProcess(self.secret, host) for _ in range(num_storage_units))
         if num_storage_units:
             self.unit_specs = tuple(process.spec for process in self.unit_processes)
@@ -419,6 +429,17 @@ class TransferQueue(QueueVerbs):
             functools.partial(self.control.seal, owner=_LOCAL),
         )
         self._is_closed = self._is_shut_down = False
+        if self.journal is not None:
+            try:
+                self.journal.begin(self.control.ledger, self._writer, self.control.restore, self._bytes_of)
+            except BaseException:
+                self.journal = None
+                self.shutdown()
+                raise
+
+    def _bytes_of(self, column: Written) -> bytes:
+        entry_bytes = self.schema[column.field].entry_bytes
+        return gather(self.units, column.places, column.lengths, entry_bytes).numpy().tobytes()
 
     # ------------------------------------------------------------------ verbs
     def close(self) -> None:
@@ -430,9 +451,13 @@ class TransferQueue(QueueVerbs):
         self.control.close()
 
     def shutdown(self) -> None:
-        """Throw away what is in the queue and end every wait."""
+        """Throw away what is in the queue and end every wait. A journal stays."""
         if not self._is_shut_down:
             self._is_closed = self._is_shut_down = True
+            if self.journal is not None:
+                with self.control.lock:
+                    self.control.ledger.log = None
+                    self.journal.end()
             self.control.abandon()
             for unit in self.units:
                 unit.close()

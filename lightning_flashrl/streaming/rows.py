@@ -94,15 +94,23 @@ class RowTable:
         self._arrays.append(array)
         return array
 
+    def upcoming(self, count: int) -> Rows:
+        """Return the numbers that :meth:`append` will give."""
+        return np.arange(self.next_row, self.next_row + count, dtype=np.int64)
+
     def append(self, count: int) -> Rows:
         """Return the numbers of new rows."""
-        rows = np.arange(self.next_row, self.next_row + count, dtype=np.int64)
-        self.next_row += count
-        self.num_rows += count
+        rows = self.upcoming(count)
+        self.restore(rows)
+        return rows
+
+    def restore(self, rows: Rows) -> None:
+        """Let rows of these numbers exist, which do not."""
+        self.next_row = max(self.next_row, int(rows.max(initial=-1)) + 1)
+        self.num_rows += len(rows)
         self._exists[rows] = True
         for page, number in _count_pages(rows):
             self._num_in_page[page] = self._num_in_page.get(page, 0) + number
-        return rows
 
     def missing(self, rows: Rows) -> Rows:
         """Return those of the rows that do not exist."""

@@ -245,7 +245,6 @@ class TestFaults:
 
     def test_a_worker_that_never_gets_anywhere_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """However slowly it dies."""
-        monkeypatch.setattr(process, "_DEATH_WINDOW_S", 0.0)
         monkeypatch.setattr(process, "_MAX_DEATHS", 1)
         with pytest.raises(WorkerFailedError, match=r"left with status 3; 2 of its processes in a row have died"):
             _fit(rl.make_data(rollout_engine=lambda: os._exit(3)))
