@@ -254,6 +254,11 @@ class StreamHost:
             self.queue.control.refresh(task)
 
     # ------------------------------------------------------------------ how it stands
+    @property
+    def failure(self) -> tuple[str, str] | None:
+        """Name and reason of a worker's failure that ends the run."""
+        return next(((fleet.error.name, fleet.error.reason) for fleet in self._fleets if fleet.error is not None), None)
+
     def view(self) -> HostView:
         """Return how the run stands."""
         plan, statistics = self.plan, self.queue.statistics()
@@ -272,7 +277,7 @@ class StreamHost:
                 num_uninformative_in_a_row=plan.num_uninformative_in_a_row,
                 workers=[record for fleet in self._fleets for record in fleet.records()],
                 num_replaced=sum(fleet.num_replaced for fleet in self._fleets),
-                failure=next(((f.error.name, f.error.reason) for f in self._fleets if f.error is not None), None),
+                failure=self.failure,
             )
 
     def scale(self, role: str, num_workers: int) -> None:

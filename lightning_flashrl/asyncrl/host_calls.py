@@ -77,6 +77,10 @@ class View(_Call, frozen=True):
     """See :meth:`StreamHost.view`."""
 
 
+class AskFailure(_Call, frozen=True):
+    """Has a worker's failure ended the run? Its name and reason, if so."""
+
+
 class End(_Call, frozen=True):
     """The run is over: end the workers."""
 
@@ -90,7 +94,19 @@ class Leave(_Call, frozen=True):
 
 
 _decode = msgspec.msgpack.Decoder(
-    AskSurroundings | Resume | AskRoom | Begin | EndPrompts | StepDone | Finish | Scale | View | End | AskLast | Leave
+    AskSurroundings
+    | Resume
+    | AskRoom
+    | Begin
+    | EndPrompts
+    | StepDone
+    | Finish
+    | Scale
+    | View
+    | AskFailure
+    | End
+    | AskLast
+    | Leave
 ).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -163,6 +179,11 @@ class RemoteHost:
             self.queue.disconnect()
 
 
+def find_failure(queue: TransferQueueClient) -> tuple[str, str] | None:
+    """Return name and reason of a worker's failure that ends the run of a host; ``None`` if all is well."""
+    return msgspec.msgpack.decode(queue.call(_encode(AskFailure())), type=tuple[str, str] | None)
+
+
 class HostService:
     """Answers what other processes ask of a host.
 
@@ -207,6 +228,8 @@ class HostService:
                 host.scale(role, num_workers)
             case View():
                 return host.view()
+            case AskFailure():
+                return host.failure
             case End():
                 self.is_ending.set()
             case AskLast():

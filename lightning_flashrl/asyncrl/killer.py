@@ -22,14 +22,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning_flashrl import clock
+from lightning_flashrl.asyncrl.history import KILLS, read_history
 from lightning_flashrl.asyncrl.processes import ProcessEntry, is_alive, read_processes
 from lightning_flashrl.supervisor.process import die_with_parent
 
 _LOOK_S = 0.1
-KILLS = "kills.jsonl"
 ROLES = ("trainer", "rollout", "reward", "reference")
 """Whose processes may die in a run under ``flash_ddp``."""
 
@@ -78,25 +77,14 @@ class _Run:
         return [entry for entry in found if entry.role == role and is_alive(entry)]
 
     def step(self) -> int:
-        try:
-            lines = (self.folder / "history.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
-        except FileNotFoundError:
-            return 0
-        steps = [found["step"] for found in map(json.loads, lines) if found["kind"] == "step"]
-        return steps[-1] if steps else 0
+        with contextlib.suppress(FileNotFoundError):
+            steps, _ = read_history(self.folder)
+            return int(steps[-1]["step"]) if steps else 0
+        return 0
 
     @property
     def is_over(self) -> bool:
         return (self.folder / "summary.json").exists()
-
-
-def read_kills(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the kills of a run: ``step``, ``role``, ``rank`` and more of each; none where nobody was killed."""
-    try:
-        lines = (output_dir / KILLS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
 
 
 class Killer:

@@ -17,11 +17,19 @@ import torch
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.datamodule import StreamingDataModule
+from lightning_flashrl.asyncrl.history import (
+    HISTORY,
+    KILLS,
+    append_history,
+    mend_history,
+    read_history,
+    read_kills,
+)
 from lightning_flashrl.asyncrl.host_calls import HostAddress
-from lightning_flashrl.asyncrl.killer import KILLS, read_kills
 from lightning_flashrl.asyncrl.module import AsyncRL
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
 from lightning_flashrl.asyncrl.session import LeadSession
+from lightning_flashrl.errors import FlashRLError
 
 _LOOK_S = 0.5
 _RANKS = ".ranks"
@@ -80,12 +88,17 @@ class RunRecorder(L.Callback):
 
     Args:
         output_dir: the folder.
+
+    Attributes:
+        last_validated_step: optimizer steps before the last validation; −1 if there was none. The same on all ranks.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir)
-        self._steps: list[dict[str, Any]] = []
-        self._validations: list[dict[str, Any]] = []
+        self.last_validated_step = -1
+        self._last_step = 0.0
+        self._pid = os.getpid()
+        self._is_successor = False
         self._books: dict[str, float] = {}
         self._began_s = 0.0
         self._ended_s = 0.0
@@ -102,12 +115,15 @@ class RunRecorder(L.Callback):
         if not trainer.is_global_zero:
             return
         if os.environ.get("FLASHRL_INCARNATION", "0") == "0":
-            for name in ("history.jsonl", "summary.json", KILLS):
+            for name in (HISTORY, "summary.json", KILLS):
                 (self.output_dir / name).unlink(missing_ok=True)
             (ranks / _BEGAN).unlink(missing_ok=True)
             self._began_s = 0.0
         else:
-            self._recall()
+            self._is_successor = True
+            mend_history(self.output_dir)
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                self._began_s = float((ranks / _BEGAN).read_text())
         self._over.clear()
         self._thread = threading.Thread(target=self._watch, args=(trainer,), name="flashrl-recorder", daemon=True)
         self._thread.start()
@@ -122,7 +138,8 @@ class RunRecorder(L.Callback):
             session = getattr(getattr(trainer, "datamodule", None), "current_session", None)
             if isinstance(session, LeadSession):
                 self._announce(session)
-                known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
+                with contextlib.suppress(FlashRLError):  # said in the training loop
+                    known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
             root = os.getppid() if "FLASHRL_SLOT_FDS" in os.environ else os.getpid()  # a rank's parent is its agent
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
@@ -139,25 +156,17 @@ class RunRecorder(L.Callback):
                 file.write(msgspec.json.encode(session.address))
 
     # ------------------------------------------------------------------ history
-    def _recall(self) -> None:
-        """Take over what an earlier process of this rank has written."""
-        self._steps, self._validations = [], []
-        path = self.output_dir / "history.jsonl"
-        with contextlib.suppress(FileNotFoundError):
-            whole = path.read_bytes().rpartition(b"\n")[0]  # it may have died while it wrote the last line
-            os.truncate(path, len(whole) + bool(whole))
-            for line in map(json.loads, whole.splitlines()):
-                (self._steps if line.pop("kind") == "step" else self._validations).append(line)
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            self._began_s = float((self.output_dir / _RANKS / _BEGAN).read_text())
-
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take down how good the policy is before it is trained."""
-        if not self._validations:
+        if not self._is_successor:
             self._validated(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""
+        runtime = getattr(trainer.strategy, "runtime", None)
+        if self._is_successor and runtime is not None and not runtime.is_newcomer:  # the job goes on from a checkpoint
+            assert isinstance(pl_module, AsyncRL)
+            mend_history(self.output_dir, pl_module.policy_version)
         if not self._began_s:
             self._began_s = clock.now_s()
             if trainer.is_global_zero:
@@ -171,9 +180,14 @@ class RunRecorder(L.Callback):
         if not trainer.is_global_zero or pl_module.last_step is None:
             return
         line = {"step": pl_module.policy_version, "at_s": clock.now_s() - self._began_s, **pl_module.last_step}
-        if not self._steps or self._steps[-1]["step"] < line["step"]:
-            self._steps.append(line)
-            self._append({"kind": "step", **line})
+        if self._pid != os.getpid():  # this has been taken over: its writer may have come further
+            self._pid = os.getpid()
+            with contextlib.suppress(FileNotFoundError):
+                steps, _ = read_history(self.output_dir)
+                self._last_step = steps[-1]["step"] if steps else 0.0
+        if line["step"] > self._last_step:
+            self._last_step = line["step"]
+            append_history(self.output_dir, {"kind": "step", **line})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take down how good the policy is."""
@@ -182,16 +196,12 @@ class RunRecorder(L.Callback):
 
     def _validated(self, trainer: L.Trainer) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.last_validated_step = trainer.global_step
         if not trainer.is_global_zero or not metrics:
             return
         at_s = clock.now_s() - self._began_s if self._began_s else 0.0
         line = {"step": trainer.global_step, "at_s": at_s, **metrics}
-        self._validations.append(line)
-        self._append({"kind": "validation", **line})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with (self.output_dir / "history.jsonl").open("a") as history:
-            history.write(json.dumps(line) + "\n")
+        append_history(self.output_dir, {"kind": "validation", **line})
 
     # ------------------------------------------------------------------ the end
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -221,11 +231,6 @@ class RunRecorder(L.Callback):
             (self.output_dir / "session.json").unlink(missing_ok=True)
             shutil.rmtree(self.output_dir / _RANKS, ignore_errors=True)
 
-    @property
-    def last_validated_step(self) -> int:
-        """Optimizer steps before the last validation; −1 if there was none."""
-        return int(self._validations[-1]["step"]) if self._validations else -1
-
     def write_summary(self, module: AsyncRL) -> dict[str, Any]:
         """Write ``summary.json`` (again, after a later validation) and return what it holds."""
         summary = self.summary(module)
@@ -234,7 +239,7 @@ class RunRecorder(L.Callback):
 
     def summary(self, module: AsyncRL) -> dict[str, Any]:
         """Return what came out; see :data:`SUMMARY_KEYS`."""
-        steps, validations = self._steps, self._validations
+        steps, validations = read_history(self.output_dir) if self._last_step else ([], [])
         books = dict(self._books)
         rows = sum(step["rows"] for step in steps)
         committed = books.pop("rows_committed", rows)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.host import HostSettings, HostView, StreamHost
-from lightning_flashrl.asyncrl.host_calls import HostAddress, HostService, RemoteHost
+from lightning_flashrl.asyncrl.host_calls import HostAddress, HostService, RemoteHost, find_failure
 from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
@@ -332,6 +332,16 @@ class RankSession(Session):
     ) -> None:
         self._client = TransferQueueClient(address.endpoint, address.secret)
         super().__init__(self._client, steps, replica_rank, stages, record)
+
+    def check(self) -> None:
+        """Say what went wrong with workers. Rank 0 may be lost, and not look.
+
+        Raises:
+            WorkerFailedError: a worker raised an error, or too many died.
+        """
+        failure = find_failure(self._client)
+        if failure is not None:
+            raise WorkerFailedError(*failure)
 
     def close(self) -> None:
         """Let go of the queue, which goes on."""

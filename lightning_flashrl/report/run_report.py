@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_flashrl.asyncrl.killer import read_kills
+from lightning_flashrl.asyncrl.history import read_history, read_kills
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1c1c28; }
@@ -49,19 +49,6 @@ _PLOTS: Sequence[_Plot] = (
 )
 
 
-def read_history(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the steps and validations of a ``history.jsonl``; a last line that is cut off is left out."""
-    steps: list[dict[str, Any]] = []
-    validations: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        (steps if line.pop("kind") == "step" else validations).append(line)
-    return steps, validations
-
-
 def write_run_report(output_dir: Path, descriptions: Mapping[str, str] | None = None) -> Path:
     """Draw a run's folder.
 
@@ -75,7 +62,7 @@ def write_run_report(output_dir: Path, descriptions: Mapping[str, str] | None = 
     Raises:
         FileNotFoundError: there is no history.
     """
-    steps, validations = read_history(output_dir / "history.jsonl")
+    steps, validations = read_history(output_dir)
     kills = read_kills(output_dir)
     path = output_dir / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}

@@ -351,21 +351,18 @@ class RecoveryRuntime:
         if not self.slot[Word.STOP_REQUESTED]:
             self.slot[Word.STOP_REQUESTED] = self.version + 1
 
-    def committed(self, version: int, *, is_agreed: bool = True) -> None:
-        """Update ``version`` is in the parameters.
+    def committed(self, version: int) -> None:
+        """Update ``version`` is in the parameters; all ranks have published a resume point that belongs to it.
 
         Args:
             version: of this rank's state from here on.
-            is_agreed: whether all ranks are known to have published a resume point that belongs to it, so that inputs
-                of earlier collectives can be forgotten.
         """
         with self._update_lock:
             self.version = version
             self._is_updating = False
             self._update_lock.notify_all()
         self.slot[Word.COMMITTED] = version
-        if is_agreed:
-            self.communicator.truncate()
+        self.communicator.truncate()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -543,8 +540,10 @@ class RecoveryRuntime:
 
     def _prepare_entry(self, plan: RecoveryPlan, changed: threading.Event, timings: dict[str, float]) -> None:
         point = plan.entries[self.client.global_rank]
+        assert point is not None
         published = next(p for p in self._published if p.point == point)
         donor = plan.donors[self.client.global_rank]
+        self.slot[Word.READY_TO_COMMIT] = point.version  # what it published says so; the donor may wait for that
         with _stage(timings, "rendezvous"):
             native = self.communicator.join(self.client.world_size, changed)
         arrival = None

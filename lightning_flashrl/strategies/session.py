@@ -254,10 +254,12 @@ class FitSession:
             return
         batch = loop.batch_progress.total.ready
         if self.resumes_at_batch:
-            self._is_inside_batch = False
+            # A rank that is lost in what follows its last collective does the batch again, from the others' copies.
             version = self._first_version + 2 * batch
             self._publish(ResumeKind.BATCH_END, batch, version=version)
-            runtime.committed(version, is_agreed=False)
+            runtime.await_commit(version)
+            self._is_inside_batch = False
+            runtime.committed(version)
         else:
             self._publish(ResumeKind.BATCH_END, batch)
         self.begin_validation(will_validate)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from lightning_flashrl.asyncrl.chaos import Chaos
-from lightning_flashrl.asyncrl.killer import Killer, Strike, read_kills
+from lightning_flashrl.asyncrl.history import read_kills
+from lightning_flashrl.asyncrl.killer import Killer, Strike
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.report.run_report import write_run_report

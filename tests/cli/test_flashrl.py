@@ -82,6 +82,27 @@ def test_every_experiment_runs_and_leaves_its_record(experiment: str, tmp_path: 
     assert _flashrl("report", str(out), cwd=tmp_path).stdout.strip().endswith("report.html")
 
 
+def test_a_recorded_run_under_chaos_is_trained_again_bit_for_bit(tmp_path: Path) -> None:
+    """Two ranks, both killed on the way, and a last validation that only some steps ask for."""
+    out = tmp_path / "out"
+    chaos = ["chaos=schedule", "chaos.schedule=[trainer 0 at step 1, rollout 0 at step 2, trainer 1 at step 3]"]
+    several = ["strategy=flash_ddp", "trainer.devices=2", "trainer.max_steps=6", "validate_every=2", "record=true"]
+    settings = [*SHORT, *several, f"paths.output_dir={out}"]
+    _flashrl("experiment=grpo_sort", *settings, *chaos, cwd=tmp_path)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["kills"], summary["recoveries"], summary["workers_replaced"]) == (6, 3, 2, 1)
+    assert summary["rows_trained"] == summary["rows_generated"] == 6 * 16
+    assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in history if line["kind"] == "validation"] == [0, 2, 4, 6]
+    assert all(0 <= line["idle_share/trainer"] <= 1 for line in history if line["kind"] == "step")
+    assert (out / "report.html").read_text().count("trainer killed") > 5
+    done = _flashrl("replay", str(out), cwd=tmp_path)
+    assert f"the same weights, bit for bit: sha256 {summary['weights_sha256']}" in done.stdout
+    assert _flashrl("replay", str(tmp_path), cwd=tmp_path, check=False).returncode == 1
+
+
 def test_processes_are_listed_while_a_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = subprocess.Popen(

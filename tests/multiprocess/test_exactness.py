@@ -44,6 +44,7 @@ stopped | 3 | | stop rank=1 step=4 phase=backward |
 segfault | 2 | | segfault rank=1 step=4 phase=forward |
 holds the GIL | 2 | | gil rank=1 step=4 phase=forward | --hang-timeout 4
 accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
+after the last collective of a batch by hand, before validation | 2 | --manual --feature single --val-every 4 --die 0:4:batch_end | |
 loader workers | 2 | --workers 2 | kill rank=1 step=8 phase=backward |
 """
 
