@@ -27,3 +27,10 @@ def test_programs_run_and_print_what_is_said(name: str, num_programs: int) -> No
         if not following and not shown.startswith("client ──"):
             assert output.getvalue() == shown
     assert found == num_programs
+
+
+def test_the_tests_that_prove_guarantees_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "guarantees.md").read_text())
+    assert len(named) > 15
+    for path, name in named:
+        assert f"def {name}(" in (DOCS.parent / path).read_text(), f"{path} has no {name}"
