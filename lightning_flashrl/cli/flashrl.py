@@ -7,6 +7,7 @@
     flashrl status outputs/grpo_sort/2026-11-25_10-00-00
     flashrl report outputs/grpo_sort/2026-11-25_10-00-00
     flashrl scale outputs/grpo_sort/2026-11-25_10-00-00 rollout=3   # while it runs
+    flashrl audit outputs/grpo_sort/2026-11-25_10-00-00      # after a run with record=true
     flashrl replay outputs/grpo_sort/2026-11-25_10-00-00     # after a run with record=true
 
 Objects are built here and nowhere else: the library never sees a config.
@@ -301,6 +302,26 @@ def scale(output_dir: Path, wishes: Sequence[str], console: Console) -> int:
     return 0
 
 
+def audit(output_dir: Path, console: Console) -> int:
+    """Check a recorded run's rows one by one. Returns the exit status."""
+    from lightning_flashrl.asyncrl.audit import audit as check
+
+    path = output_dir / "config" / "config.yaml"
+    try:
+        bound = OmegaConf.load(path).weights.max_staleness if path.exists() else None
+        found = check(output_dir, bound)
+    except ConfigurationError as error:
+        console.print(str(error), style="red", soft_wrap=True)
+        return 1
+    told = f"{found.num_steps:,} steps, {found.num_rows:,} rows, {found.num_kills:,} kills"
+    console.print(f"{told}, staleness at most {found.staleness_max}", highlight=False)
+    for fault in found.faults:
+        console.print(fault, style="red", soft_wrap=True)
+    if not found.faults:
+        console.print("every step is there, every row was trained once and in time", highlight=False)
+    return 1 if found.faults else 0
+
+
 def replay(output_dir: Path, console: Console) -> int:
     """Train a recorded run again, without rollouts, and compare the weights. Returns the exit status."""
     output_dir, config = output_dir.resolve(), output_dir.resolve() / "config"
@@ -340,7 +361,7 @@ def _what_was_wrong(error: BaseException) -> str:
 
 def main() -> None:
     """Be ``flashrl``."""
-    commands = {"status": status, "report": report, "replay": replay}
+    commands = {"status": status, "report": report, "audit": audit, "replay": replay}
     if len(sys.argv) > 1 and sys.argv[1] == "scale":
         if len(sys.argv) < 4:
             sys.exit("usage: flashrl scale DIR ROLE=NUMBER …")

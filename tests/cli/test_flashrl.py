@@ -98,6 +98,9 @@ def test_a_recorded_run_under_chaos_is_trained_again_bit_for_bit(tmp_path: Path)
     assert [line["step"] for line in history if line["kind"] == "validation"] == [0, 2, 4, 6]
     assert all(0 <= line["idle_share/trainer"] <= 1 for line in history if line["kind"] == "step")
     assert (out / "report.html").read_text().count("trainer killed") > 5
+    checked = _flashrl("audit", str(out), cwd=tmp_path).stdout
+    assert "6 steps, 96 rows, 3 kills, staleness at most 1" in checked
+    assert "every row was trained once and in time" in checked
     done = _flashrl("replay", str(out), cwd=tmp_path)
     assert f"the same weights, bit for bit: sha256 {summary['weights_sha256']}" in done.stdout
     assert _flashrl("replay", str(tmp_path), cwd=tmp_path, check=False).returncode == 1
