@@ -19,6 +19,7 @@ COMMANDS = {
     "queues": ["queues.py"],
     "workflows": ["workflows.py"],
     "grpo": ["grpo.py"],
+    "chaos": ["chaos.py"],
 }
 """``peers`` makes the environments that the others need, once."""
 

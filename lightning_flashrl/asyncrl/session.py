@@ -101,7 +101,9 @@ class Rollouts:
     num_reward_workers: int
     decode: Callable[[list[int]], str]
 
-    def teams(self, stages: Stages, swap: Swap, reference: TrainerEngine | None, max_tokens: int) -> Iterator[Team]:
+    def teams(
+        self, stages: Stages, swap: Swap, reference: TrainerEngine | None, max_tokens: int, num_standby: int
+    ) -> Iterator[Team]:
         """Iterate over the run's workers.
 
         Args:
@@ -109,11 +111,13 @@ class Rollouts:
             swap: when rollout workers take new weights.
             reference: the reference policy, for runs that have one.
             max_tokens: of a lease and of a forward pass.
+            num_standby: workers of each role that are kept ready, unless the settings say so.
 
         Raises:
             ConfigurationError: a reward or engine that cannot be sent to another process.
         """
         settings = self.settings
+        num_standby = num_standby if settings.standby is None else settings.standby
         if self.make_engine is not None:
             rollout = WorkerSettings(
                 num_threads=settings.num_threads,
@@ -123,7 +127,7 @@ class Rollouts:
                 decode=self.decode,
                 num_places=settings.num_slots + settings.num_ahead,
             )
-            yield Team.of(rollout, settings.workers)
+            yield Team.of(rollout, settings.workers, num_standby)
         if self.reward is not None and self.num_reward_workers:
             reward = RewardSettings(
                 num_threads=settings.num_threads,
@@ -132,12 +136,12 @@ class Rollouts:
                 num_processes=self.num_reward_workers,
                 timeout_s=settings.reward_timeout_s,
             )
-            yield Team.of(reward, 1)
+            yield Team.of(reward, 1, num_standby)
         if reference is not None:
             frozen = ReferenceSettings(
                 num_threads=settings.num_threads, make_engine=reference.twin_factory(), max_tokens=max_tokens
             )
-            yield Team.of(frozen, settings.reference_workers)
+            yield Team.of(frozen, settings.reference_workers, num_standby)
 
 
 class Session:
@@ -438,7 +442,15 @@ class LeadSession(Session):
                     first_group=prompts.first_group,
                     lease_timeout_s=lease_timeout_s,
                     weights=self._publish_first(stack),
-                    teams=tuple(rollouts.teams(stages, workflow.swap, policy.reference, steps.micro_batch_tokens)),
+                    teams=tuple(
+                        rollouts.teams(
+                            stages,
+                            workflow.swap,
+                            policy.reference,
+                            steps.micro_batch_tokens,
+                            num_standby=int(home is not None),
+                        )
+                    ),
                     log_dir=log_dir,
                 )
                 self._host = _serve(StreamHost(settings)) if home is None else home.start(settings)

@@ -80,6 +80,8 @@ class RolloutSettings:
             row only; 0 lets the rollout workers score. ``None`` takes 1 for a reward of your own and 0 for a task's.
         reward_timeout_s: how long a reward may take in such a process.
         reference_workers: processes that compute log-probs under the reference policy, for algorithms that need them.
+        standby: processes of each role that are kept ready, engine and all, to take the place of one that dies;
+            ``None`` takes 1 under ``flash_ddp`` and 0 otherwise.
 
     Raises:
         ConfigurationError: a number that cannot be.
@@ -95,12 +97,13 @@ class RolloutSettings:
     reward_workers: int | None = None
     reward_timeout_s: float = 10.0
     reference_workers: int = 1
+    standby: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "max_new_tokens", "num_slots", "num_threads", "reference_workers"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"rollout.{name}={getattr(self, name)}; use 1 or more")
-        for name in ("num_ahead", "reward_workers"):
+        for name in ("num_ahead", "reward_workers", "standby"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigurationError(f"rollout.{name}={getattr(self, name)}; use 0 or more")
         if not self.reward_timeout_s > 0:

@@ -1,7 +1,8 @@
 """Workers as processes of their own, and who watches them.
 
-``python -m lightning_flashrl.engines.process`` reads what it is from standard input, works, and ends when standard
-input does: with whoever started it. What it has done it tells over a pipe, a line of JSON now and then.
+``python -m lightning_flashrl.engines.process`` reads what it is from a descriptor, makes itself ready, works as soon as
+standard input says where, and ends when that does: with whoever started it. What it has done it tells over a pipe, a
+line of JSON now and then.
 
 =====================  ================================================  ==========================
 who                    waits for                                         unblocked by
@@ -22,7 +23,6 @@ import os
 import pickle
 import selectors
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -50,7 +50,6 @@ POLICY, REFERENCE_POLICY = "policy", "reference"
 """Names under which a run's weights are published."""
 _REPORT_S = 0.25
 _END_TIMEOUT_S = 5.0
-_LENGTH = struct.Struct("<Q")
 _LOOK_S = 1.0
 _HANG_TIMEOUT_S = 30.0
 """A worker that serves and is silent for so long hangs, or was stopped."""
@@ -70,13 +69,27 @@ class Job(abc.ABC):
     role: ClassVar[str]
     num_threads: int = 1
 
+    def prepare(self) -> Any:
+        """Do what takes long and needs neither queue nor weights; also in a process that waits on standby.
+
+        Returns:
+            What :meth:`run` gets.
+        """
+        return None
+
     @abc.abstractmethod
     def run(
-        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+        self,
+        prepared: Any,
+        queue: QueueVerbs,
+        weights: Mapping[str, WeightsAddress],
+        begin: Begin,
+        stop: threading.Event,
     ) -> None:
         """Work, in the worker's process.
 
         Args:
+            prepared: what :meth:`prepare` returned.
             queue: rows come from there and go back there.
             weights: where the run's weights are, by the name of the policy.
             begin: to be called with its statistics when it is ready to serve; there may be several, of its threads.
@@ -105,15 +118,17 @@ class Team:
     Attributes:
         role: what they do.
         num_workers: how many there are.
+        num_standby: how many more are made ready, to take the place of one that dies.
         payload: the job, packed for their processes.
     """
 
     role: str
     num_workers: int
+    num_standby: int
     payload: bytes
 
     @classmethod
-    def of(cls, job: Job, num_workers: int) -> Team:
+    def of(cls, job: Job, num_workers: int, num_standby: int = 0) -> Team:
         """Pack a job.
 
         Raises:
@@ -121,7 +136,7 @@ class Team:
         """
         if num_workers < 1:
             raise ConfigurationError(f"{num_workers} {job.role} workers; use 1 or more")
-        return cls(job.role, num_workers, _pack(job))
+        return cls(job.role, num_workers, num_standby, _pack(job))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +158,20 @@ class WorkerSettings(Job):
     decode: Callable[[list[int]], str]
     num_places: int
 
+    def prepare(self) -> RolloutEngine:
+        """Make the engine."""
+        return self.make_engine()
+
     def run(
-        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+        self,
+        prepared: RolloutEngine,
+        queue: QueueVerbs,
+        weights: Mapping[str, WeightsAddress],
+        begin: Begin,
+        stop: threading.Event,
     ) -> None:
         """Generate until the stream ends."""
-        engine = self.make_engine()
+        engine = prepared
         with WeightReceiver(weights[POLICY], self.swap) as receiver:
             receiver.load(engine)
             worker = RolloutWorker(
@@ -163,10 +187,10 @@ class WorkerRecord:
 
     Attributes:
         role: what it does.
-        rank: number of the worker among those of its role.
+        rank: number of the worker among those of its role; −1 on standby.
         pid: its process.
         since_s: when it was started, on the wall clock.
-        state: ``"starting"``, ``"serving"``, ``"ended"`` or ``"lost"``.
+        state: ``"standby"``, ``"starting"``, ``"serving"``, ``"ended"`` or ``"lost"``.
         statistics: what it has told last.
         alive_s: how long it has served when it told that.
     """
@@ -196,16 +220,16 @@ def idle_share(records: Sequence[WorkerRecord]) -> float:
 class _Process:
     """A worker's process, seen from who started it."""
 
-    def __init__(self, role: str, rank: int, payload: bytes, log_path: Path | None) -> None:
+    def __init__(self, role: str, rank: int, payload_fd: int, log_path: Path | None) -> None:
         report_fd, write_fd = os.pipe()
         log: IO[bytes] | None = None if log_path is None else log_path.open("ab")
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(write_fd)],
+                [sys.executable, "-m", __name__, str(payload_fd), str(write_fd)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                pass_fds=[write_fd],
+                pass_fds=[payload_fd, write_fd],
                 start_new_session=True,  # Ctrl-C is for who started it
             )
         except BaseException:
@@ -222,9 +246,12 @@ class _Process:
         self.is_leaving = False
         self.error = ""
         self._unread = b""
+
+    def tell(self, surroundings: bytes) -> None:
+        """Let it serve."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: seen at the end of its reports
-            self._process.stdin.write(payload)
+        with contextlib.suppress(BrokenPipeError):  # it has died: seen at the end of its reports
+            self._process.stdin.write(surroundings)
             self._process.stdin.flush()
 
     def read(self) -> bool:
@@ -274,7 +301,8 @@ class WorkerFleet:
     Args:
         team: the workers.
         surroundings: what they find.
-        log_dir: where their output goes, ``<role>-<rank>.log``; ``None`` leaves it where this process's goes.
+        log_dir: where their output goes, ``<role>-<rank>.log`` or ``<role>-standby.log``; ``None`` leaves it where this
+            process's goes.
 
     Attributes:
         role: what they do.
@@ -283,7 +311,10 @@ class WorkerFleet:
     """
 
     def __init__(self, team: Team, surroundings: Surroundings, log_dir: Path | None = None) -> None:
-        self._payload = _part(msgspec.json.encode(surroundings)) + team.payload
+        self._team = team
+        self._payload_fd = os.memfd_create(f"flashrl-{team.role}")
+        os.write(self._payload_fd, team.payload)
+        self._surroundings = msgspec.json.encode(surroundings) + b"\n"
         self.role = team.role
         self._log_dir = log_dir
         if log_dir is not None:
@@ -293,6 +324,8 @@ class WorkerFleet:
         self._fruitless: collections.Counter[int] = collections.Counter()  # rank → deaths in a row
         self._lock = threading.Lock()
         self._processes: dict[int, _Process] = {}
+        self._standby: list[_Process] = []  # of these
+        self._num_standby_deaths = 0
         self._past: list[WorkerRecord] = []
         self._selector = selectors.DefaultSelector()
         self._wake_fd, self._waker_fd = os.pipe()
@@ -346,6 +379,7 @@ class WorkerFleet:
             process.kill()
         self._thread.join()
         self._selector.close()
+        os.close(self._payload_fd)
         os.close(self._wake_fd)
         os.close(self._waker_fd)
 
@@ -359,10 +393,16 @@ class WorkerFleet:
 
     # ------------------------------------------------------------------ the thread
     def _start(self, rank: int) -> None:
-        path = None if self._log_dir is None else self._log_dir / f"{self.role}-{rank}.log"
-        process = _Process(self.role, rank, self._payload, path)
+        process = self._standby.pop(0) if self._standby else self._spawn(rank, str(rank))
+        process.record.rank, process.record.state = rank, "starting"
+        process.tell(self._surroundings)
+
+    def _spawn(self, rank: int, name: str) -> _Process:
+        path = None if self._log_dir is None else self._log_dir / f"{self.role}-{name}.log"
+        process = _Process(self.role, rank, self._payload_fd, path)
         self._processes[process.report_fd] = process
         self._selector.register(process.report_fd, selectors.EVENT_READ)
+        return process
 
     def _watch(self) -> None:
         while self._processes or not self._is_over:
@@ -377,8 +417,14 @@ class WorkerFleet:
             self._look()
 
     def _look(self) -> None:
-        """Kill workers that hang: they say each quarter of a second what they have done."""
+        """Kill workers that hang: they say each quarter of a second what they have done. See to those on standby."""
         with self._lock:
+            all_serve = all(process.record.state != "starting" for process in self._processes.values())
+            lacks = len(self._standby) < self._team.num_standby and self._num_standby_deaths <= _MAX_DEATHS
+            if lacks and all_serve and not self._is_over:
+                process = self._spawn(-1, "standby")
+                process.record.state = "standby"
+                self._standby.append(process)
             for process in self._processes.values():
                 silent_s = clock.now_s() - process.heard_s
                 if process.record.state == "serving" and silent_s > _HANG_TIMEOUT_S and not process.verdict:
@@ -390,6 +436,10 @@ class WorkerFleet:
         with self._lock:
             del self._processes[process.report_fd]
             self._past.append(process.record)
+            if process in self._standby:
+                self._standby.remove(process)
+                self._num_standby_deaths += 1
+                return
             if self._is_over or process.is_leaving:
                 return
             if status == 0:  # the stream has ended
@@ -424,20 +474,10 @@ def _pack(job: Job) -> bytes:
             f"the reward or the engine of a {job.role} worker cannot be sent to another process ({error}); give "
             "functions and classes that hold no open files, locks or processes"
         ) from error
-    paths = json.dumps([path or os.getcwd() for path in sys.path]).encode()
-    return _part(paths) + _part(body)
-
-
-def _part(item: bytes) -> bytes:
-    return _LENGTH.pack(len(item)) + item
+    return msgspec.msgpack.encode(([path or os.getcwd() for path in sys.path], body))
 
 
 # --------------------------------------------------------------------------- the worker's process
-def _read_part(stream: IO[bytes]) -> bytes:
-    [length] = _LENGTH.unpack(stream.read(_LENGTH.size))
-    return stream.read(length)
-
-
 class _Reporter:
     """Tells now and then what the worker has done."""
 
@@ -478,14 +518,12 @@ def _watch_input(stop: threading.Event) -> None:
     os._exit(1)
 
 
-def _serve(job: Job, place: Surroundings, report_fd: int, stop: threading.Event) -> None:
-    import torch
-
-    torch.set_num_threads(job.num_threads)
+def _serve(job: Job, prepared: Any, place: Surroundings, report_fd: int, stop: threading.Event) -> None:
     reporters: list[_Reporter] = []
     with TransferQueueClient(place.endpoint, place.secret) as queue:
         try:
-            job.run(queue, place.weights, lambda *statistics: reporters.append(_Reporter(report_fd, statistics)), stop)
+            begin = lambda *statistics: reporters.append(_Reporter(report_fd, statistics))  # noqa: E731
+            job.run(prepared, queue, place.weights, begin, stop)
         finally:
             for reporter in reporters:
                 reporter.stop()
@@ -493,14 +531,25 @@ def _serve(job: Job, place: Surroundings, report_fd: int, stop: threading.Event)
 
 def main() -> None:
     """Be a worker until the stream or standard input ends."""
-    report_fd = int(sys.argv[1])
-    place = msgspec.json.decode(_read_part(sys.stdin.buffer), type=Surroundings)
-    sys.path[:] = json.loads(_read_part(sys.stdin.buffer))
+    payload_fd, report_fd = map(int, sys.argv[1:])
+    paths, body = msgspec.msgpack.decode(
+        os.pread(payload_fd, os.fstat(payload_fd).st_size, 0), type=tuple[list[str], bytes]
+    )
+    os.close(payload_fd)
+    sys.path[:] = paths
     stop = threading.Event()
     try:
-        job = pickle.loads(_read_part(sys.stdin.buffer))
+        job = pickle.loads(body)
+        import torch
+
+        torch.set_num_threads(job.num_threads)
+        prepared = job.prepare()
+        told = sys.stdin.buffer.readline()  # comes later to a process on standby
+        if not told:
+            os._exit(0)
+        place = msgspec.json.decode(told, type=Surroundings)
         threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
-        _serve(job, place, report_fd, stop)
+        _serve(job, prepared, place, report_fd, stop)
     except QueueUnavailableError:
         if not stop.is_set():
             _tell(report_fd, {"error": traceback.format_exc()})

@@ -98,11 +98,20 @@ class ReferenceSettings(Job):
     make_engine: Callable[[], TrainerEngine]
     max_tokens: int
 
+    def prepare(self) -> FrozenPolicy:
+        """Make the engine."""
+        return FrozenPolicy(self.make_engine())
+
     def run(
-        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+        self,
+        prepared: FrozenPolicy,
+        queue: QueueVerbs,
+        weights: Mapping[str, WeightsAddress],
+        begin: Begin,
+        stop: threading.Event,
     ) -> None:
         """Compute log-probs until the stream ends."""
-        policy = FrozenPolicy(self.make_engine())
+        policy = prepared
         with WeightReceiver(weights[REFERENCE_POLICY]) as receiver:
             receiver.load(policy)
         stage = ReferenceStage(policy, self.max_tokens)

@@ -82,7 +82,12 @@ class RewardSettings(Job):
     timeout_s: float
 
     def run(
-        self, queue: QueueVerbs, weights: Mapping[str, WeightsAddress], begin: Begin, stop: threading.Event
+        self,
+        prepared: None,
+        queue: QueueVerbs,
+        weights: Mapping[str, WeightsAddress],
+        begin: Begin,
+        stop: threading.Event,
     ) -> None:
         """Score until the stream ends."""
         with RewardPool(self.reward, num_workers=self.num_processes, timeout_s=self.timeout_s) as pool:

@@ -187,6 +187,36 @@ class TestFaults:
         assert summary["workers_replaced"] == 1
         _check_books(summary, rows=6 * 16, staleness=1)
 
+    def test_a_killed_worker_is_replaced_by_one_that_is_ready(self, tmp_path: Path) -> None:
+        """It has made its engine before, and gets the newest weights then."""
+        seen: list[tuple[str, int, int]] = []
+
+        class Killer(L.Callback):
+            victim = 0
+
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                workers = trainer.datamodule.current_session.view().workers  # type: ignore[attr-defined]
+                by_state = {worker.state: worker for worker in workers}
+                if "standby" in by_state and not self.victim:
+                    self.victim = by_state["serving"].pid
+                    seen.append(("standby", by_state["standby"].rank, by_state["standby"].pid))
+                    os.kill(self.victim, signal.SIGKILL)
+                elif self.victim and by_state.get("lost") and by_state.get("serving"):
+                    seen.append(("serving", by_state["serving"].rank, by_state["serving"].pid))
+                    trainer.should_stop = True
+
+        rollout = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, reward_workers=0, standby=1)
+        _fit(
+            rl.make_data(rollout=rollout, log_dir=tmp_path / "logs"), Killer(), RunRecorder(tmp_path), max_steps=10_000
+        )
+        ready, serving = seen[0], seen[-1]
+        assert ready[:2] == ("standby", -1)
+        assert serving == ("serving", 0, ready[2])
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["workers_replaced"] == 1
+        assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+        assert {"rollout-0.log", "rollout-standby.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
+
     def test_a_worker_that_hangs_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         class Stopper(L.Callback):
             def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

@@ -89,7 +89,7 @@ def test_others_are_scored_beside_a_slow_reward(tmp_path: Path) -> None:
         rows = _put(queue, [slow, *[{"do": "1"}] * 40])
         job = RewardSettings(reward=rewards.by_row, decode=_words, num_processes=2, timeout_s=600)
         begin = lambda *told: found.extend(told)  # noqa: E731
-        thread = threading.Thread(target=job.run, args=(queue, {}, begin, threading.Event()))
+        thread = threading.Thread(target=job.run, args=(None, queue, {}, begin, threading.Event()))
         thread.start()
         others = _rewards(queue, 33)  # seven wait behind the slow one
         assert rows[0] not in others
