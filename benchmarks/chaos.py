@@ -3,8 +3,8 @@
 python benchmarks/chaos.py [--mtbf 60 30 10 5] [--steps N] [--repeats N]
 
 The job of `make demo` with two trainer ranks under flash_ddp and one rollout worker. A random process (trainer ranks,
-rollout worker, the process on standby) is killed every so many seconds on average. *goodput* is the time of the same steps without
-kills over the time with them. Each run is audited row by row from its files alone (`flashrl audit`).
+rollout worker, the process on standby) is killed every so many seconds on average. *goodput* is the time of the same
+steps without kills over the time with them. Each run is audited row by row from its files alone (`flashrl audit`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
+from lightning_flashrl.asyncrl.recording import StepRecord
+from lightning_flashrl.errors import ConfigurationError
+from tests.jobs import rl
+
 JOB = Path(__file__).parents[1] / "jobs" / "rl.py"
 STEPS = 6
 
@@ -43,8 +47,13 @@ def check(summary: dict[str, Any], recoveries: int, steps: int = STEPS) -> None:
     assert summary["staleness_max"] <= 1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", ["batch_start", "forward", "backward", "batch_end"])
+_QUICK = [("batch_start", 0), ("backward", 1), ("batch_end", 0)]
+_ALL = [(phase, rank) for phase in ("batch_start", "forward", "backward", "batch_end") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank"), [pytest.param(*case, marks=[] if case in _QUICK else pytest.mark.slow) for case in _ALL]
+)
 def test_a_killed_rank_takes_no_row_with_it(tmp_path: Path, rank: int, phase: str) -> None:
     check(run(tmp_path, f"kill rank={rank} step=3 phase={phase}"), recoveries=1)
 
@@ -65,8 +74,11 @@ def test_a_recovered_run_is_the_run_that_never_failed_given_the_same_rows(tmp_pa
 
 
 def test_a_record_of_other_ranks_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "one", strategy="auto", devices=1, record=tmp_path / "record", **{"max-steps": 2})
-    with pytest.raises(AssertionError, match=r"is of 1 rank\(s\) and this run has 2; give Trainer\(devices=1\)"):
-        run(tmp_path / "two", replay=tmp_path / "record")
-    with pytest.raises(AssertionError, match="holds no record"):
-        run(tmp_path / "none", strategy="auto", devices=1, replay=tmp_path / "nowhere")
+    StepRecord(tmp_path / "record", rank=0, world_size=2).begin()
+    trainer = rl.make_trainer(max_steps=1)
+    with pytest.raises(ConfigurationError, match=r"is of 2 rank\(s\) and this run has 1; give Trainer\(devices=2\)"):
+        trainer.fit(rl.make_module(rl.make_engine()), rl.make_data(replay=tmp_path / "record"))
+    with pytest.raises(ConfigurationError, match="holds no record"):
+        trainer.fit(rl.make_module(rl.make_engine()), rl.make_data(replay=tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match="give one of the two"):
+        rl.make_data(replay=tmp_path, record=tmp_path)
