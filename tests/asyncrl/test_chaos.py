@@ -117,6 +117,7 @@ def test_a_run_that_would_not_survive_is_refused(tmp_path: Path) -> None:
         trainer.fit(rl.make_module(rl.make_engine()), rl.make_data())
 
 
+@pytest.mark.slow
 def test_a_run_survives_its_schedule(tmp_path: Path) -> None:
     summary = run(tmp_path, schedule="trainer 1 at step 2,rollout 0 at step 3,trainer 0 at step 5", **{"max-steps": 10})
     check(summary, recoveries=2, steps=10)

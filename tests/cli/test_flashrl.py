@@ -138,8 +138,8 @@ def test_processes_are_listed_while_a_run_goes_on(tmp_path: Path) -> None:
         (["trainer.max_stps=1"], "trainer.max_stps"),
         (["task=sorting"], "task/sorting"),
         (["task.min_digits=9"], "min_digits=9, max_digits=6"),
-        (["rollout.workers=0"], "rollout.workers=0; use 1 or more"),
-        (["workflow.mode=fast"], "workflow='fast'"),
+        pytest.param(["rollout.workers=0"], "rollout.workers=0; use 1 or more", marks=pytest.mark.slow),
+        pytest.param(["workflow.mode=fast"], "workflow='fast'", marks=pytest.mark.slow),
         (["trainer_engine=folder", "trainer_engine.path=nowhere"], "nowhere"),
     ],
 )
