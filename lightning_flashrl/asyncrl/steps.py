@@ -62,6 +62,7 @@ class StepPlan:
     Attributes:
         changed: the lock, and the bell when there may be room.
         shares: rows by task, step, and replica rank with the number of its micro-batch; of steps that are not final.
+        homes: step and share of each of these rows, by task.
         final_version: steps that start from earlier versions are final: they are never redone.
         next_group: number of the next group that begins.
         num_begun: groups that have begun.
@@ -91,6 +92,7 @@ class StepPlan:
         self.group_size = group_size
         self.redoes_steps = redoes_steps
         self.shares: dict[str, dict[int, dict[tuple[int, int], list[int]]]] = {}
+        self.homes: dict[str, dict[int, tuple[int, tuple[int, int]]]] = {}
         self.final_version = gate.version
         self.waits_for_all = waits_for_all
         self.filters_uninformative = filters_uninformative and group_size > 1
@@ -246,7 +248,7 @@ class StepSampler(Sampler):
         self._leads = leads
         self._commits_steps = commits_steps
         self._shares = plan.shares.setdefault(task, {})
-        self._home: dict[int, tuple[int, tuple[int, int]]] = {}  # row → step and share
+        self._home = plan.homes.setdefault(task, {})
         self._returned: set[int] = set()  # rows of a share that nobody has leased now
         self._groups: dict[int, dict[int, tuple[int, float]]] = {}  # group → row → tokens and reward
         self._group_of: dict[int, int] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, PromptSampler, StepPlan, StepSampler
 from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
-from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError
+from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError, WouldBlock
 from lightning_flashrl.streaming import Lease, Task, TransferQueue
 from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import StalenessGate
@@ -339,3 +341,113 @@ def test_who_gives_prompts_may_die_and_none_is_given_twice_or_forgotten(make: An
     with pytest.raises(LeaseTimeoutError):
         run.queue.lease("rollout", count=1, timeout_s=0.1)
     assert run.plan.resume() == 5
+
+
+class Life:
+    """A run whose processes die, come back and are added at random; nothing here waits."""
+
+    def __init__(self, seed: int, bound: int) -> None:
+        self.random = random.Random(seed)
+        self.plan = StepPlan(StalenessGate(bound, 2), 2, waits_for_all=False, redoes_steps=True)
+        tasks = {
+            "rollout": Task(["prompt"], PromptSampler(self.plan)),
+            UPDATE: Task(FIELDS, StepSampler(self.plan), token_fields=("prompt.tokens", "response.tokens")),
+        }
+        self.queue = TransferQueue(EXPERIENCE, tasks)
+        self.workers: list[list[Lease]] = [[]]
+        self.taken: dict[int, list[Lease]] = {0: [], 1: []}
+        self.trained: dict[int, int] = {}  # row → staleness
+
+    def feed(self) -> None:
+        count = self.plan.room()
+        if not count:
+            return
+        first_group, version = self.plan.begin(count)
+        if self.random.random() < 0.3:  # rank 0 dies before it has put them
+            self.plan.resume()
+            return
+        problems = [Problem(str(number), "") for number in range(count)]
+        tokens = [torch.tensor([1])] * count
+        self.queue.put(prompt_rows(tokens, problems, group_size=2, first_group=first_group, min_version=version))
+
+    def scale(self) -> None:
+        if self.workers and self.random.random() < 0.3:
+            for lease in self.workers.pop():  # it is killed
+                self.queue.release(lease)
+        else:
+            self.workers.append([])
+
+    def begin(self) -> None:
+        if self.workers:
+            with contextlib.suppress(WouldBlock):
+                worker = self.random.choice(self.workers)
+                worker.append(self.queue.lease_nowait("rollout", count=1))
+
+    def answer(self) -> None:
+        """Finish what some worker has begun, under any version that it may have."""
+        busy = [worker for worker in self.workers if worker]
+        if not busy:
+            return
+        lease = self.random.choice(busy).pop(0)
+        if self.random.random() < 0.1:
+            self.queue.clear(lease.rows)  # its reward failed
+            return
+        version = self.random.randint(lease["prompt.min_version"][0], self.plan.gate.version)
+        data = {
+            "response.tokens": [[1]],
+            "response.rollout_logprobs": [[-1.0]],
+            "response.versions": [[version]],
+            "response.is_complete": [True],
+            "policy_version": [version],
+            "reward": [1.0],
+        }
+        self.queue.commit(lease, data)
+
+    def train(self) -> None:
+        """Some rank takes a micro-batch, or dies; when all are through, the step is done."""
+        step, replica = self.plan.gate.version, self.random.choice([0, 1])
+        if self.random.random() < 0.2:
+            self.taken[replica] = []
+        try:
+            lease = self.queue.lease_nowait(
+                UPDATE,
+                [*FIELDS, "policy_version"],
+                tokens=4,
+                policy_version=step,
+                micro_batch=len(self.taken[replica]),
+                replica_rank=replica,
+            )
+        except WouldBlock:
+            return
+        except EndOfStream:
+            self.end(step)
+            return
+        self.taken[replica].append(lease)
+
+    def end(self, step: int) -> None:
+        for (replica, number), rows in self.plan.shares[UPDATE].get(step, {}).items():
+            assert self.trained.keys().isdisjoint(rows)
+            lease = self.queue.lease_nowait(
+                UPDATE, ["policy_version"], tokens=4, policy_version=step, micro_batch=number, replica_rank=replica
+            )
+            assert list(lease.rows) == rows
+            for row, version in zip(rows, lease["policy_version"], strict=True):
+                self.trained[row] = step - version
+        self.plan.step_done(step + 1)
+        self.taken = {0: [], 1: []}
+
+
+@given(seed=st.integers(0, 1 << 30), bound=st.integers(0, 3))
+@settings(deadline=None, max_examples=40)
+def test_no_row_is_trained_too_late_whatever_dies_comes_back_or_is_added(seed: int, bound: int) -> None:
+    life = Life(seed, bound)
+    moves = [life.feed, life.begin, life.answer, life.train, life.begin, life.answer, life.train, life.scale]
+    with life.queue:
+        for _ in range(200):
+            life.random.choice(moves)()
+        assert all(staleness <= bound for staleness in life.trained.values())
+        life.plan.finalize(life.plan.gate.version)
+        life.queue.control.refresh(UPDATE)
+        counts = life.queue.statistics().tasks[UPDATE]
+        assert counts.num_committed == len(life.trained)
+        assert counts.num_stale == 0
