@@ -30,7 +30,7 @@ MANUAL = f"""
 0 batch_start, 0 commit, 0 forward, 0 backward, 0 all_reduce, 0 all_reduce, 1 backward, 1 all_reduce, 1 all_reduce,
 2 checkpoint, 2 batch_end,
 2 batch_start, 2 commit, 2 forward, 2 backward, 2 all_reduce, 2 all_reduce, 3 backward, 3 all_reduce, 3 all_reduce,
-4 checkpoint, 4 batch_end, 4 validation, 4 epoch_end, 4 fit_end
+4 checkpoint, 4 batch_end, 4 commit, 4 validation, 4 epoch_end, 4 fit_end
 """
 
 
