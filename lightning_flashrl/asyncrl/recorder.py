@@ -110,7 +110,7 @@ class RunRecorder(L.Callback):
             session = getattr(getattr(trainer, "datamodule", None), "current_session", None)
             if isinstance(session, HostSession):
                 known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.workers()}
-            root = int(os.environ.get("FLASHRL_AGENT_PID", os.getpid()))
+            root = int(os.environ.get("FLASHRL_ROOT_PID", os.getpid()))
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
             if is_over:
