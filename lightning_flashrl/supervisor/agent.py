@@ -132,6 +132,7 @@ class Agent:
         self._restored: dict[int, dict[str, float]] = {}
         self._is_killing = False
         self._is_stopping = False
+        self._asked_signal = 0
         self._num_unanswered = 0
         self._threads: set[int] = set()
         self._ending: set[Process] = set()
@@ -170,6 +171,8 @@ class Agent:
                 self._send(protocol.RankExited(seat.global_rank))
             if seat.failure is not None:
                 self._send(protocol.RanksFailed((seat.failure,)))
+        if self._asked_signal:
+            self._send(protocol.StopAsked(self._asked_signal))
         self.is_caught_up = True
 
     def _on_controller(self) -> None:
@@ -230,6 +233,7 @@ class Agent:
 
     def ask_stop(self, signal_number: int) -> None:
         """React to a signal that was sent to ``flashrun``; the second one ends ranks at once."""
+        self._asked_signal = signal_number
         if self._is_stopping:
             self._signal_all(signal.SIGKILL)
         elif self._launch is None:

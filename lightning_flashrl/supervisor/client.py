@@ -73,7 +73,8 @@ class RankClient:
         self._standing: dict[str, protocol.Message] = {}
         """What a new supervisor must be told, by kind: of each the newest."""
         self._unanswered: dict[int, protocol.StoreSet | protocol.StoreGet] = {}
-        self._next_request = 0
+        self._next_request = self.incarnation << 32
+        """Not one that a process before this one may have waited for."""
         self._fits_changed = threading.Condition()
         self._num_fits = 0
         self._num_fits_over = 0

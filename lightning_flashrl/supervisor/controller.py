@@ -452,7 +452,8 @@ class Controller:
             self._stop(0, "", signal_number=_SIGTERM, grace_s=0.0)
 
     def _on_idle(self, node_rank: int) -> None:
-        self._idle_nodes.add(node_rank)
+        if self.state in (JobState.RESTARTING, JobState.STOPPING):
+            self._idle_nodes.add(node_rank)
         if len(self._idle_nodes) < len(self._nodes):
             return
         if self.state is JobState.RESTARTING:

@@ -21,6 +21,7 @@ from lightning_flashrl import clock
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a user sends to a job to end it."""
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PIDFD_THREAD = os.O_EXCL
 _PF_EXITING = 4
@@ -33,6 +34,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def name_process(name: str) -> None:
+    """Set the name that the kernel shows for this process, of at most 15 characters."""
+    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def become_subreaper(is_on: bool = True) -> None:

@@ -44,6 +44,7 @@ from lightning_flashrl.supervisor.process import (
     children,
     die_with_parent,
     fork,
+    name_process,
     reap_strangers,
     spawn,
 )
@@ -58,12 +59,16 @@ from lightning_flashrl.supervisor.root_link import (
     Messages,
     RootLink,
     RootRequest,
+    Signalled,
     Spawn,
     Takeover,
+    ToSupervisor,
     Unborn,
     decode_request,
 )
 
+SUPERVISOR_NAME = "flashrl-superv"
+"""What the kernel calls a supervisor."""
 _LOOK_S = 0.25
 _MAX_TAKEOVERS, _WINDOW_S = 10, 60.0
 _GRACE_S = 3.0
@@ -125,8 +130,12 @@ class Root:
 
         def live() -> int:
             ours.close()
-            os.setsid()  # Ctrl-C in a terminal is for the root, which passes it on
+            os.setsid()
             die_with_parent(root_pid)
+            name_process(SUPERVISOR_NAME)
+            for number in STOP_SIGNALS:  # they are for the root, which passes them on; who sends one to all means one
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             link = RootLink(theirs, root_pid, self._holdings, takeover, self._asked_signal)
             link.end(self._supervise(link))
             return 0
@@ -196,7 +205,7 @@ class Root:
 
     def _on_signal(self, number: int) -> None:
         self._asked_signal = self._asked_signal or number
-        self._supervisor.send_signal(number)
+        self._send(Signalled(number))
 
     # ------------------------------------------------------------------ its requests
     def _serve(self) -> None:
@@ -229,8 +238,8 @@ class Root:
             case Done(exit_code=exit_code):
                 self._exit_code = exit_code
 
-    def _answer(self, message: Born | Unborn, fd: int | None = None) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died meanwhile; its successor will see
+    def _send(self, message: ToSupervisor, fd: int | None = None) -> None:
+        with contextlib.suppress(OSError):  # it is dead, or hangs; its successor will see
             self._messages.send(message, fd)
 
     def _spawn(self, request: Spawn) -> None:
@@ -240,13 +249,13 @@ class Root:
             pid = spawn(request.argv, environ, (theirs.fileno(),))
         except OSError as error:
             ours.close()
-            self._answer(Unborn(error.errno or 0, error.strerror or str(error)))
+            self._send(Unborn(error.errno or 0, error.strerror or str(error)))
             return
         finally:
             theirs.close()
         fd = ours.detach()
         self._hold(Hold(request.name, request.number, pid), fd)
-        self._answer(Born(pid), fd)
+        self._send(Born(pid), fd)
 
     def _copy(self) -> None:
         assert self._live_as_rank is not None
@@ -255,9 +264,9 @@ class Root:
         try:
             pid = fork(lambda: live_as_rank(theirs))
         except OSError as error:
-            self._answer(Unborn(error.errno or 0, error.strerror or str(error)))
+            self._send(Unborn(error.errno or 0, error.strerror or str(error)))
         else:
-            self._answer(Born(pid), ours.fileno())
+            self._send(Born(pid), ours.fileno())
         finally:
             ours.close()
             theirs.close()

@@ -3,7 +3,7 @@
 ::
 
     supervisor ── RootRequest, descriptor ──▶ root
-    supervisor ◀─ RootAnswer, descriptor ──── root
+    supervisor ◀─ ToSupervisor, descriptor ── root
 
 The root is the parent of all processes of a node, so that they outlive the supervisor, and holds what a successor of
 the supervisor needs to take them over. It is forked with all of that in its memory.
@@ -15,12 +15,13 @@ import contextlib
 import os
 import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
 
+from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.messaging.packets import PACKET_BYTES, Assembler, split
 from lightning_flashrl.supervisor.process import ExitStatus, Process
 from lightning_flashrl.supervisor.protocol import Message
@@ -109,12 +110,18 @@ class Unborn(Message, frozen=True):
     text: str
 
 
+class Signalled(Message, frozen=True):
+    """Somebody sent a signal to the root."""
+
+    number: int
+
+
 RootRequest: TypeAlias = Spawn | Copy | Hold | Bury | Alive | Done
-RootAnswer: TypeAlias = Born | Unborn
+ToSupervisor: TypeAlias = Born | Unborn | Signalled
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[RootRequest] = msgspec.msgpack.Decoder(RootRequest)
-_answer_decoder: msgspec.msgpack.Decoder[RootAnswer] = msgspec.msgpack.Decoder(RootAnswer)
+_to_supervisor_decoder: msgspec.msgpack.Decoder[ToSupervisor] = msgspec.msgpack.Decoder(ToSupervisor)
 
 
 @dataclass(slots=True)
@@ -243,6 +250,22 @@ class RootLink:
         self.takeover = takeover
         self.asked_signal = asked_signal
         self._messages = Messages(sock)
+        self._signals: list[int] = []
+        self._on_signal: Callable[[int], None] = self._signals.append
+
+    def listen(self, loop: EventLoop, on_signal: Callable[[int], None]) -> None:
+        """From now on call back for each signal that the root gets."""
+
+        def later(number: int) -> None:  # not in the middle of what waits for an answer
+            loop.call_later(0.0, lambda: on_signal(number))
+
+        def on_readable() -> None:
+            self._receive()
+
+        self._on_signal = later
+        for number in self._signals:
+            later(number)
+        loop.add_reader(self._messages.fileno(), on_readable)
 
     def spawn(
         self, name: str, number: int, argv: list[str], environ: dict[str, str], variable: str
@@ -265,14 +288,24 @@ class RootLink:
         return self._born()
 
     def _born(self) -> tuple[HeldProcess, socket.socket]:
+        while (received := self._receive()) is None:
+            pass
+        answer, fd = received
+        if isinstance(answer, Unborn):
+            raise OSError(answer.number, answer.text)
+        return HeldProcess(answer.pid, self), socket.socket(fileno=fd)
+
+    def _receive(self) -> tuple[Born | Unborn, int] | None:
+        """Wait for a message; return it unless it tells of a signal."""
         received = self._messages.receive()
         if received is None:
             raise BrokenPipeError("the root process is gone")
         payload, fd = received
-        answer = _answer_decoder.decode(payload)
-        if isinstance(answer, Unborn):
-            raise OSError(answer.number, answer.text)
-        return HeldProcess(answer.pid, self), socket.socket(fileno=fd)
+        message = _to_supervisor_decoder.decode(payload)
+        if not isinstance(message, Signalled):
+            return message, fd
+        self._on_signal(message.number)
+        return None
 
     def hold(self, name: str, number: int, *, pid: int = 0, note: bytes = b"", fd: int | None = None) -> None:
         """Let the root keep something for a successor, see :class:`Hold`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from lightning_flashrl.supervisor.device_health import find_device_health
 from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.ledger import Ledger
 from lightning_flashrl.supervisor.pool import StandbyPool
-from lightning_flashrl.supervisor.process import STOP_SIGNALS
 from lightning_flashrl.supervisor.root_link import RootLink
 from lightning_flashrl.supervisor.seat import AgentSettings
 from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
@@ -86,15 +84,14 @@ class Supervision:
             health=find_device_health(),
         )
         try:
-            with loop.catch_signals(STOP_SIGNALS, agent.ask_stop):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-                if link.takeover is not None:
-                    loop.run_until(lambda: agent.is_caught_up or agent.is_done)
-                    duration_ms = (clock.now_ns() - link.takeover.noticed_ns) / 1e6
-                    self.tell(f"{link.takeover.reason}; it is back after {duration_ms:.0f} ms, ranks went on")
-                    if service is not None:
-                        service.note_takeover(link.takeover.reason, duration_ms)
-                loop.run_until(lambda: agent.is_done and (service is None or service.is_done))
+            link.listen(loop, agent.ask_stop)
+            if link.takeover is not None:
+                loop.run_until(lambda: agent.is_caught_up or agent.is_done)
+                duration_ms = (clock.now_ns() - link.takeover.noticed_ns) / 1e6
+                self.tell(f"{link.takeover.reason}; it is back after {duration_ms:.0f} ms, ranks went on")
+                if service is not None:
+                    service.note_takeover(link.takeover.reason, duration_ms)
+            loop.run_until(lambda: agent.is_done and (service is None or service.is_done))
         finally:
             agent.close()
             if service is not None:

@@ -9,11 +9,9 @@ import signal
 
 
 def kill_supervisor() -> None:
-    """The supervisor is the one child of our parent that was forked without a program of its own."""
-    flashrun = os.getppid()
-    command = pathlib.Path(f"/proc/{flashrun}/cmdline").read_bytes()
+    """Kill the child of our parent that has the supervisor's name."""
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            is_child = int(stat.read_bytes().rpartition(b")")[2].split()[1]) == flashrun
-            if is_child and stat.with_name("cmdline").read_bytes() == command:
+            parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
+            if parent == os.getppid() and stat.with_name("comm").read_text() == "flashrl-superv\n":
                 os.kill(int(stat.parent.name), signal.SIGKILL)
