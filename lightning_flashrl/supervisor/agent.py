@@ -130,6 +130,8 @@ class Agent:
         self._quorum: protocol.QuorumChange | None = None
         self._reports: dict[int, RankReport] = {}
         self._restored: dict[int, dict[str, float]] = {}
+        self._has_unknown_seats = False
+        """Whether there are processes of the agent before this one that are not looked at yet."""
         self._is_killing = False
         self._is_stopping = False
         self._asked_signal = 0
@@ -199,6 +201,7 @@ class Agent:
                     self._forward(seat, payload)
             case protocol.KillAll():
                 self._is_killing = True
+                self._take_over_seats()
                 self._signal_all(signal.SIGKILL)
                 self._check_idle()
             case protocol.StopAll():
@@ -245,37 +248,44 @@ class Agent:
 
     # ------------------------------------------------------------------ taking over from an agent that died
     def _take_over(self) -> None:
+        """Find out who sits where; what became of them is looked at once the controller says that it still counts."""
         kept = self._link.holdings.get(_LAUNCH)
         if kept is not None:
-            launched = msgspec.msgpack.decode(kept.note, type=_Launched)
-            self._assign_seats(launched)
+            self._assign_seats(msgspec.msgpack.decode(kept.note, type=_Launched))
+            self._has_unknown_seats = True
             for seat in self._seats:
-                self._take_over_seat(seat)
-            self._start_ranks(launched.launch)
+                holding = self._link.holdings.get(seat.name)
+                seat.incarnation = max(seat.launched, -1 if holding is None else holding.number)
         stop = self._link.holdings.get(_STOP)
         if stop is not None:
             self._stop(msgspec.msgpack.decode(stop.note, type=protocol.StopAll))
         elif self._link.asked_signal:
             self.ask_stop(self._link.asked_signal)
 
-    def _take_over_seat(self, seat: Seat) -> None:
-        holding = self._link.holdings.get(seat.name)
-        if holding is None or holding.number <= seat.launched:
+    def _take_over_seats(self) -> None:
+        if not self._has_unknown_seats:
             return
-        seat.take_over(holding, self._link)
-        self._starter.take_over_log(seat)
-        if holding.status is not None:
-            self._drain(seat)
-            self._on_end(seat, holding.status, clock.now_ns())
-            return
-        self._watch(seat)
-        self._watch_thread(seat)
+        self._has_unknown_seats = False
+        seats = [seat for seat in self._seats if not seat.is_waiting_for_launch]
+        for seat in seats:
+            seat.take_over(self._link.holdings[seat.name], self._link)
+            self._starter.take_over_log(seat)
+            self._watch(seat)
+            self._watch_thread(seat)
+        for seat in seats:
+            status = self._link.holdings[seat.name].status
+            if status is not None:
+                self._drain(seat)
+                self._on_end(seat, status, clock.now_ns())
 
     # ------------------------------------------------------------------ starting ranks
     def _on_launch(self, launch: protocol.Launch) -> None:
         if self._launch is not None and launch.incarnation <= self._launch.incarnation:
+            if self._has_unknown_seats:
+                self._take_over_seats()
+                self._start_ranks(launch)
             return
-        self._is_killing = False
+        self._is_killing = self._has_unknown_seats = False
         self._quorum = None
         launched = _Launched(launch, [seat.incarnation for seat in self._seats])
         self._assign_seats(launched)
@@ -289,6 +299,7 @@ class Agent:
         for seat, incarnation in zip(self._seats, launched.incarnations, strict=True):
             seat.global_rank = launch.first_rank + seat.local_rank
             seat.incarnation = seat.launched = incarnation
+            seat.has_left, seat.failure = False, None
         self._by_global = {seat.global_rank: seat for seat in self._seats}
 
     def _start_ranks(self, launch: protocol.Launch) -> None:
@@ -556,7 +567,8 @@ class Agent:
 
     def _say_alive(self) -> None:
         known: set[int] | None = None
-        if not self._pool.is_expecting and all(r.process is not None for r in self._seats if r.is_running):
+        is_complete = not self._has_unknown_seats and all(r.process is not None for r in self._seats if r.is_running)
+        if is_complete and not self._pool.is_expecting:
             known = {r.process.pid for r in self._seats if r.process is not None} | self._pool.pids
             known |= {process.pid for process in self._ending}
         self._link.say_alive(known)
@@ -603,6 +615,7 @@ class Agent:
         self._is_stopping = True
         self.exit_code = order.exit_code
         self._link.hold(_STOP, 0, note=protocol.encode(order))
+        self._take_over_seats()
         if order.reason and self._settings.node_rank != 0:
             self._tell(order.reason)
         for seat in self._seats:
