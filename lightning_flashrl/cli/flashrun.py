@@ -47,9 +47,9 @@ from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.recovery.detector import DetectorSettings
 from lightning_flashrl.recovery.faults import Fault
 from lightning_flashrl.recovery.slot import RankSlot
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
-from lightning_flashrl.supervisor.ledger import Ledger
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.preload import core_modules, scan_program
 from lightning_flashrl.supervisor.process import die_with_parent
@@ -388,7 +388,7 @@ def run(arguments: argparse.Namespace) -> int:
         tell=tell,
         show=show,
         job=job if place.is_host else None,
-        ledger=Ledger(),
+        chronicle=Chronicle(),
         endpoint=f"tcp://{address}:{place.port}" if place.num_nodes > 1 else None,
         keys=keys,
         log_dir=log_dir,

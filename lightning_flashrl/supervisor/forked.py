@@ -47,9 +47,9 @@ from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.messaging.packets import PacketChannel
 from lightning_flashrl.recovery.slot import Heartbeat, RankSlot
 from lightning_flashrl.supervisor.channel import RankChannel
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
-from lightning_flashrl.supervisor.ledger import Ledger
 from lightning_flashrl.supervisor.pool import Candidate, StandbyPool
 from lightning_flashrl.supervisor.process import STOP_SIGNALS, Process, die_with_parent, fork
 from lightning_flashrl.supervisor.root import Root
@@ -175,7 +175,7 @@ class ForkedJob:
             tell=_tell,
             show=_show,
             job=JobSettings(uses_flash=True, run_id=_RUN_ID),
-            ledger=Ledger(),
+            chronicle=Chronicle(),
             log_dir=self._log_dir,
             on_end=lambda exit_code, error: _write_verdict(verdict_fd, exit_code, error),
         )

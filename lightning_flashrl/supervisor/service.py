@@ -1,7 +1,7 @@
 """Carries the controller's decisions out: its socket, its log file, its lines on stderr.
 
-What the controller is told goes into a ledger before it takes effect anywhere: now and then the whole controller, then
-message by message. A successor in another process reads it, and is the same controller. What its predecessor decided
+What the controller is told goes into a chronicle before it takes effect anywhere: now and then the whole controller,
+then message by message. A successor in another process reads it, and is the same controller. What its predecessor decided
 and did not carry out any more is carried out when the agents, which it does not know yet, say hello again.
 """
 
@@ -21,8 +21,8 @@ from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
 from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import Action, Controller, JobSettings, JobState, Keep, Send, Tell
-from lightning_flashrl.supervisor.ledger import Ledger
 
 LOCAL_ENDPOINT = "inproc://flashrl-controller"
 """How the agent in the controller's own process reaches it; there is no port that others could use."""
@@ -32,8 +32,8 @@ _BACKLOG = 4096
 _STRANGER = -1
 _HEARD = struct.Struct("<qq")
 """When, and from which node (or :data:`_STRANGER`)."""
-_LEDGER_BYTES = 1 << 20
-"""A longer ledger is begun anew."""
+_CHRONICLE_BYTES = 1 << 20
+"""A longer chronicle is begun anew."""
 
 
 def free_port() -> int:
@@ -55,7 +55,7 @@ class ControllerService:
         endpoint: ``tcp://…`` for agents of other nodes; needs ``keys``. ``None`` for a job on one node.
         keys: who may connect over TCP.
         log_dir: where ``recovery.jsonl`` is written.
-        ledger: what a predecessor was told, if there was one, and where a successor reads what this one is told.
+        chronicle: what a predecessor was told, if there was one, and where a successor reads what this one is told.
 
     Raises:
         ConfigurationError: the address is taken.
@@ -71,14 +71,14 @@ class ControllerService:
         endpoint: str | None = None,
         keys: JobKeys | None = None,
         log_dir: str | None = None,
-        ledger: Ledger | None = None,
+        chronicle: Chronicle | None = None,
     ) -> None:
         self.num_undecodable = 0
         self._loop = loop
         self._tell = tell
         self._log_path = None if log_dir is None else os.path.join(log_dir, "recovery.jsonl")
-        self._ledger = ledger
-        records = [] if ledger is None else ledger.records()
+        self._chronicle = chronicle
+        records = [] if chronicle is None else chronicle.records()
         if records:
             self.controller = self._resume(records)
         else:
@@ -128,8 +128,11 @@ class ControllerService:
         """Recoveries that are in the log; a change of the supervisor, of which it also tells, replaced nobody."""
         if self._log_path is None or not os.path.exists(self._log_path):
             return 0
-        with open(self._log_path, "rb") as file:
-            return sum(bool(msgspec.json.decode(line)["lost"]) for line in file)
+        with open(self._log_path, "r+b") as file:
+            lines = file.readlines()
+            if lines and not lines[-1].endswith(b"\n"):  # the predecessor died while it wrote
+                file.truncate(file.tell() - len(lines.pop()))
+        return sum(bool(msgspec.json.decode(line)["lost"]) for line in lines)
 
     def note_takeover(self, reason: str, duration_ms: float) -> None:
         """Write to the log that this service took over from one that ended."""
@@ -201,18 +204,18 @@ class ControllerService:
 
     # ------------------------------------------------------------------ what a successor must know
     def _write_down(self, now_ns: int, node_rank: int, payload: bytes) -> None:
-        if self._ledger is not None:
-            self._ledger.append(_HEARD.pack(now_ns, node_rank) + payload)
+        if self._chronicle is not None:
+            self._chronicle.append(_HEARD.pack(now_ns, node_rank) + payload)
 
     def _keep_whole(self) -> None:
-        if self._ledger is not None:
-            self._ledger.begin(pickle.dumps(self.controller))
+        if self._chronicle is not None:
+            self._chronicle.begin(pickle.dumps(self.controller))
 
     def _keep_whole_after(self, state: JobState) -> None:
-        """Keep the controller itself when its state is another one, or when the ledger is long and nothing happens."""
-        if self._ledger is None:
+        """Keep the controller itself when its state is another one, or the chronicle is long and nothing happens."""
+        if self._chronicle is None:
             return
-        is_long = self._ledger.size_bytes > _LEDGER_BYTES and not self.controller.is_recovering
+        is_long = self._chronicle.size_bytes > _CHRONICLE_BYTES and not self.controller.is_recovering
         if is_long or self.controller.state is not state:
             self._keep_whole()
 

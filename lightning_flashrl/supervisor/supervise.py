@@ -13,10 +13,10 @@ from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.recovery.slot import RankSlot
 from lightning_flashrl.supervisor.agent import Agent
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.device_health import find_device_health
 from lightning_flashrl.supervisor.environment import RankEnvironment
-from lightning_flashrl.supervisor.ledger import Ledger
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.root_link import RootLink
 from lightning_flashrl.supervisor.seat import AgentSettings
@@ -37,7 +37,7 @@ class Supervision:
         tell: shows a line to the user.
         show: shows a block of rank output.
         job: of the controller; ``None`` where it runs on another node.
-        ledger: of the controller.
+        chronicle: of the controller.
         endpoint: ``tcp://…`` of the controller, for a job on several nodes.
         keys: for that.
         log_dir: where ``recovery.jsonl`` is written.
@@ -51,7 +51,7 @@ class Supervision:
     tell: Callable[[str], None]
     show: Callable[[str], None]
     job: JobSettings | None
-    ledger: Ledger
+    chronicle: Chronicle
     endpoint: str | None = None
     keys: JobKeys | None = None
     log_dir: str | None = None
@@ -109,6 +109,13 @@ class Supervision:
                 self.tell(text)
 
         service = ControllerService(
-            context, loop, job, tell, endpoint=self.endpoint, keys=self.keys, log_dir=self.log_dir, ledger=self.ledger
+            context,
+            loop,
+            job,
+            tell,
+            endpoint=self.endpoint,
+            keys=self.keys,
+            log_dir=self.log_dir,
+            chronicle=self.chronicle,
         )
         return service

@@ -15,22 +15,22 @@ _HEAD = struct.Struct("<QQ")
 _LENGTH = struct.Struct("<Q")
 
 
-class Ledger:
+class Chronicle:
     """Records, oldest first. One process writes at a time.
 
-    >>> ledger = Ledger()
-    >>> ledger.begin(b"all so far")
-    >>> ledger.append(b"one more")
-    >>> ledger.records()
+    >>> chronicle = Chronicle()
+    >>> chronicle.begin(b"all so far")
+    >>> chronicle.append(b"one more")
+    >>> chronicle.records()
     [b'all so far', b'one more']
-    >>> ledger.begin(b"all")
-    >>> ledger.records(), ledger.size_bytes
+    >>> chronicle.begin(b"all")
+    >>> chronicle.records(), chronicle.size_bytes
     ([b'all'], 11)
-    >>> ledger.close()
+    >>> chronicle.close()
     """
 
     def __init__(self) -> None:
-        self._fds = [os.memfd_create("flashrl-ledger", os.MFD_CLOEXEC) for _ in range(2)]
+        self._fds = [os.memfd_create("flashrl-chronicle", os.MFD_CLOEXEC) for _ in range(2)]
 
     def _heads(self) -> list[tuple[int, int]]:
         return [_HEAD.unpack(os.pread(fd, _HEAD.size, 0) or bytes(_HEAD.size)) for fd in self._fds]
