@@ -1,8 +1,8 @@
 """Carries the controller's decisions out: its socket, its log file, its lines on stderr.
 
 What the controller is told goes into a chronicle before it takes effect anywhere: now and then the whole controller,
-then message by message. A successor in another process reads it, and is the same controller. What its predecessor decided
-and did not carry out any more is carried out when the agents, which it does not know yet, say hello again.
+then message by message. A successor in another process reads it, and is the same controller. What its predecessor
+decided and did not carry out any more is carried out when the agents, which it does not know yet, say hello again.
 """
 
 from __future__ import annotations
