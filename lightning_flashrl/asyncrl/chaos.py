@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 
 from lightning_flashrl.asyncrl import killer
-from lightning_flashrl.asyncrl.host_process import start_below_agent
+from lightning_flashrl.asyncrl.host_process import start_below_root
 from lightning_flashrl.asyncrl.killer import ROLES, Strike
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.strategies.ddp import FlashDDPStrategy
@@ -87,7 +87,7 @@ class Chaos(L.Callback):
             return
         text = json.dumps(self._settings)
         if isinstance(trainer.strategy, FlashDDPStrategy):
-            start_below_agent(killer.__name__, [text])
+            start_below_root(killer.__name__, [text])
         else:
             command = [sys.executable, "-m", killer.__name__, str(os.getpid()), text]
             self._process = subprocess.Popen(command, start_new_session=True)

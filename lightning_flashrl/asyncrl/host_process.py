@@ -1,11 +1,11 @@
 """The host of a run in a process of its own, which outlives any rank, and how ranks reach it.
 
-Rank 0 starts it; the agent of this node adopts it. It ends when it is told to, or with the agent.
+Rank 0 starts it; the root of this node adopts it. It ends when it is told to, or with the root.
 
 ======================  =====================================  ==========================
 who                     waits for                              unblocked by
 ======================  =====================================  ==========================
-the host's main thread  the order to end                       rank 0, the agent's end
+the host's main thread  the order to end                       rank 0, the root's end
 ======================  =====================================  ==========================
 """
 
@@ -77,12 +77,12 @@ class HostHome:
 
 
 def _start(address: HostAddress, settings: HostSettings) -> str:
-    """Start the process as a child of the agent; return once it serves, or why it does not."""
+    """Start the process as a child of the root; return once it serves, or why it does not."""
     payload_fd = os.memfd_create("flashrl-host")
     os.write(payload_fd, pickle.dumps((address, settings, sys.path)))
     read_fd, write_fd = os.pipe()
     try:
-        start_below_agent(__name__, [str(payload_fd), str(write_fd)], [payload_fd, write_fd])
+        start_below_root(__name__, [str(payload_fd), str(write_fd)], [payload_fd, write_fd])
     finally:
         os.close(payload_fd)
         os.close(write_fd)
@@ -93,20 +93,20 @@ def _start(address: HostAddress, settings: HostSettings) -> str:
     return word.decode() or "it died; its output says why"
 
 
-def start_below_agent(module: str, arguments: Sequence[str], fds: Sequence[int] = ()) -> None:
-    """Start a module as a process that outlives this rank, with the agent's number before its arguments."""
-    command = [sys.executable, "-m", module, str(os.getppid()), *arguments]  # a rank's parent is its agent
-    # The shell leaves at once: the agent, a subreaper, becomes the parent. Ctrl-C is for who started the job.
+def start_below_root(module: str, arguments: Sequence[str], fds: Sequence[int] = ()) -> None:
+    """Start a module as a process that outlives this rank, with the root's number before its arguments."""
+    command = [sys.executable, "-m", module, str(os.getppid()), *arguments]  # a rank's parent is the root
+    # The shell leaves at once: the root, a subreaper, becomes the parent. Ctrl-C is for who started the job.
     shell = ["/bin/sh", "-c", '"$@" &', "sh", *command]
     subprocess.run(shell, pass_fds=fds, start_new_session=True, check=True)
 
 
 # --------------------------------------------------------------------------- the host's process
 def main() -> None:
-    """Be a host until the run or the agent ends."""
-    agent_pid, payload_fd, told_fd = map(int, sys.argv[1:])
-    die_with_parent(agent_pid)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent stops ranks; then this process, in its own way
+    """Be a host until the run or the root ends."""
+    root_pid, payload_fd, told_fd = map(int, sys.argv[1:])
+    die_with_parent(root_pid)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks are stopped; then this process, in its own way
     with os.fdopen(payload_fd, "rb") as file:
         file.seek(0)
         address, settings, sys.path[:] = pickle.load(file)

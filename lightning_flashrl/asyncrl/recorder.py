@@ -140,7 +140,7 @@ class RunRecorder(L.Callback):
                 self._announce(session)
                 with contextlib.suppress(FlashRLError):  # said in the training loop
                     known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
-            root = os.getppid() if "FLASHRL_SLOT_FDS" in os.environ else os.getpid()  # a rank's parent is its agent
+            root = os.getppid() if "FLASHRL_SLOT_FDS" in os.environ else os.getpid()  # a rank's parent is the root
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
             if is_over:

@@ -10,6 +10,8 @@ Take a command line of ``torchrun`` and write ``flashrun`` instead. What differs
   ``--redirects 3`` (or ``0:3,1:0`` by local rank) keeps it off the terminal, ``--tee`` puts it there again. Streams are
   not told apart: 1, 2 and 3 mean the same. ``DIR/recovery.jsonl`` gets one line per recovery. A directory holds the
   logs of one job; those of an earlier one are replaced.
+- ``flashrun`` itself is two processes: one that does next to nothing, and one that looks after the ranks. The latter
+  may die: the former starts another one, and the ranks go on.
 - The number of nodes is fixed: ``--nnodes 2``, not ``1:2``. Several nodes share a secret in ``FLASHRL_JOB_SECRET``.
 
 Exit status: 0 when all ranks left with 0, 130 after Ctrl-C, 143 after SIGTERM, the status of the rank that failed
@@ -25,14 +27,12 @@ import hashlib
 import ipaddress
 import os
 import secrets
-import signal
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
-import zmq
 
 from lightning_flashrl.cli.values import (
     check_log_dir,
@@ -47,20 +47,20 @@ from lightning_flashrl.messaging.security import JobKeys
 from lightning_flashrl.recovery.detector import DetectorSettings
 from lightning_flashrl.recovery.faults import Fault
 from lightning_flashrl.recovery.slot import RankSlot
-from lightning_flashrl.supervisor.agent import Agent
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import JobSettings
-from lightning_flashrl.supervisor.device_health import find_device_health
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.preload import core_modules, scan_program
 from lightning_flashrl.supervisor.process import die_with_parent
+from lightning_flashrl.supervisor.root import Root
+from lightning_flashrl.supervisor.root_link import RootLink
 from lightning_flashrl.supervisor.seat import AgentSettings
-from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
+from lightning_flashrl.supervisor.supervise import Supervision
 
 SECRET_VARIABLE = "FLASHRL_JOB_SECRET"
 CHAOS_VARIABLE = "FLASHRL_CHAOS"
 _DEFAULT_PORT = 29500
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -326,6 +326,7 @@ def _agent_settings(arguments: argparse.Namespace, place: Place, num_ranks: int,
         detector=DetectorSettings() if hang_timeout_s is None else DetectorSettings.exactly(hang_timeout_s),
         is_detector_fixed=hang_timeout_s is not None,
         join_timeout_s=read_join_timeout(arguments.rdzv_conf),
+        token=secrets.token_hex(8),
     )
 
 
@@ -373,37 +374,26 @@ def run(arguments: argparse.Namespace) -> int:
         run_id=run_id,
         hash_seed=str(int.from_bytes(hashlib.sha256(secrets.token_bytes(16)).digest()[:4], "little")),
     )
-    loop = EventLoop()
     path_entry = _path_entry(arguments.program, is_module=arguments.module)
-    pool = StandbyPool(loop, arguments.standby, program.modules, core_modules(program), path_entry, tell)
+
+    def make_pool(loop: EventLoop, link: RootLink) -> StandbyPool:
+        return StandbyPool(loop, link, arguments.standby, program.modules, core_modules(program), path_entry, tell)
+
     address = f"[{place.host}]" if ":" in place.host else place.host
-    remote = f"tcp://{address}:{place.port}" if place.num_nodes > 1 else None
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(0 if remote is None else 1)
-    service = None
-    if place.is_host:
-        service = ControllerService(context, loop, job, tell, endpoint=remote, keys=keys, log_dir=log_dir)
-    agent = Agent(
-        context,
-        loop,
-        LOCAL_ENDPOINT if service is not None or remote is None else remote,
-        settings,
-        environment,
-        pool,
-        slots,
+    supervision = Supervision(
+        settings=settings,
+        environment=environment,
+        slots=slots,
+        make_pool=make_pool,
         tell=tell,
         show=show,
-        guard=None if keys is None or service is not None else keys.guard_client,
-        health=find_device_health(),
+        job=job if place.is_host else None,
+        chronicle=Chronicle(),
+        endpoint=f"tcp://{address}:{place.port}" if place.num_nodes > 1 else None,
+        keys=keys,
+        log_dir=log_dir,
     )
-    try:
-        with loop.catch_signals(_SIGNALS, agent.ask_stop):
-            loop.run_until(lambda: agent.is_done and (service is None or service.is_done))
-    finally:
-        agent.close()
-        if service is not None:
-            service.close()
-        context.term()
-    return agent.exit_code
+    return Root(supervision.run, settings.detector, tell).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

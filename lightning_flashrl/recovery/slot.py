@@ -69,6 +69,8 @@ class Word(enum.IntEnum):
     LARGEST_GAP_NS = 17
     WATCHED_THREAD = 18
     """A thread whose end tells that the process is about to end; 0 where that must not be told early."""
+    LOG_SHOWN = 19
+    """Bytes of the process's log that its agent has shown."""
 
 
 class Region(enum.IntEnum):
@@ -94,6 +96,8 @@ class Region(enum.IntEnum):
     """Tensors that belong to the content of the buffer of that name."""
     STRUCK = 13
     """Faults on purpose that have struck, appended before they do."""
+    RAISED = 14
+    """What the process reported of an exception, for an agent that did not get the report."""
 
     @property
     def bulk(self) -> Region:
@@ -228,6 +232,7 @@ class RankSlot:
         self._words[Word.INCARNATION] = incarnation
         self._words[Word.STATE] = RankState.STARTING
         self._words[Word.THREAD_BEAT_NS] = clock.now_ns()
+        self.clear(Region.RAISED)
 
     def reset(self) -> None:
         """Forget everything but faults on purpose: the job starts again from its beginning, and is not struck again.

@@ -118,8 +118,8 @@ def read_steps(path: Path) -> list[Step]:
 
 
 def read_recoveries(path: Path) -> list[Recovery]:
-    """Read a ``recovery.jsonl``, in the order in which recoveries ended."""
-    return sorted((_recovery(line) for line in _lines(path) if "quorum_id" in line), key=lambda found: found.wall_s)
+    """Read a ``recovery.jsonl``, in the order in which recoveries ended. Its lines about supervisors are left out."""
+    return sorted((_recovery(line) for line in _lines(path) if line.get("lost")), key=lambda found: found.wall_s)
 
 
 def _recovery(line: dict[str, Any]) -> Recovery:

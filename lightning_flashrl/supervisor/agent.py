@@ -1,4 +1,4 @@
-"""One per node: holds the slots, starts ranks, sees them end, and passes messages between them and the controller.
+"""One per node: has ranks started, sees them end, and passes messages between them and the controller.
 
 All in one thread. What it waits for:
 
@@ -9,10 +9,16 @@ a rank's pidfd            the rank ended: drain its channel, judge, tell the con
 a rank's watched thread   the same, as a rule, before the kernel has taken the process's memory apart
 a rank's channel          a message (or a standby process that says its number)
 the controller's socket   quorums, plans, launch, stop
-a timer, every 100 ms     look at heartbeats, collect adopted children, show logs
+a timer, every 100 ms     look at heartbeats, show logs
+a timer, every 250 ms     tell the root that all is well, and which processes are known here
 ========================= ============================================================
 
 A hung rank is killed and then takes the way of a dead one, so a slot never has two writers.
+
+An agent that begins with ranks running takes them over from one that died. What it must know is with the root (which
+process has which seat, and over which socket it is reached), in the slots, and with the controller, which tells it
+again. What ranks had said to the agent that died they say again when they are asked to. Whatever is said twice has the
+effect of once; a loss is known by the number of the process that was lost.
 """
 
 from __future__ import annotations
@@ -26,23 +32,17 @@ import msgspec
 import zmq
 
 from lightning_flashrl import clock
-from lightning_flashrl.messaging.frames import FrameChannel
-from lightning_flashrl.messaging.loop import EventLoop, Timer
+from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.packets import PacketChannel
 from lightning_flashrl.recovery.detector import DetectorSettings, Health, Look, detect
-from lightning_flashrl.recovery.slot import RankSlot, RankState, Word
+from lightning_flashrl.recovery.slot import RankSlot, RankState, Region, Word
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.allocator import anonymous_bytes
 from lightning_flashrl.supervisor.device_health import DeviceHealth, DeviceWatch
 from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.pool import StandbyPool
-from lightning_flashrl.supervisor.process import (
-    ExitStatus,
-    Process,
-    become_subreaper,
-    children,
-    open_thread,
-    reap_strangers,
-)
+from lightning_flashrl.supervisor.process import ExitStatus, Process, open_thread
+from lightning_flashrl.supervisor.root_link import RootLink
 from lightning_flashrl.supervisor.seat import AgentSettings, Seat, Starter
 from lightning_flashrl.types import RankReport
 
@@ -50,20 +50,40 @@ _TICK_S = 0.1
 _WARM_S = 0.5
 _SETTLED_STEPS = 3
 """Steps after which a rank holds what it will hold."""
+_ALIVE_S = 0.25
 _BEAT_S = 1.0
 _MAX_UNANSWERED = 15
 """Beats, not seconds: an agent that was stopped itself does not blame the controller."""
-_KILL_WAIT_S = 5.0
+_LAUNCH, _STOP = "launch", "stop"
+"""Names of what the root holds for the next agent, besides ranks."""
 _LOOK_S, _NUM_LOOKS = 0.001, 50
 """A process whose watched thread has ended is looked at this often; later its own descriptor tells."""
+
+
+class _Launched(msgspec.Struct, frozen=True):
+    """A launch, for the next agent.
+
+    Attributes:
+        launch: what the controller said.
+        incarnations: by local rank, of the processes before it.
+    """
+
+    launch: protocol.Launch
+    incarnations: list[int]
 
 
 class Agent:
     """The agent of a node.
 
+    Attributes:
+        exit_code: the job's, once :attr:`is_done`.
+        is_done: whether the node is idle for good.
+        is_caught_up: whether the controller has told what an agent must know that begins in the middle of a job.
+
     Args:
         context: ZeroMQ context.
         loop: calls this object back.
+        link: to the root.
         endpoint: of the controller.
         settings: of this node.
         environment: of the ranks.
@@ -79,6 +99,7 @@ class Agent:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         loop: EventLoop,
+        link: RootLink,
         endpoint: str,
         settings: AgentSettings,
         environment: RankEnvironment,
@@ -92,11 +113,13 @@ class Agent:
     ) -> None:
         self.exit_code = 1
         self.is_done = False
+        self.is_caught_up = False
         self._loop = loop
+        self._link = link
         self._endpoint = endpoint
         self._settings = settings
         self._environment = environment
-        self._starter = Starter(settings, environment, pool, show)
+        self._starter = Starter(settings, environment, pool, show, link)
         self._pool = pool
         self._tell = tell
         self._seats = [Seat(local_rank, slot) for local_rank, slot in enumerate(slots)]
@@ -107,15 +130,15 @@ class Agent:
         self._quorum: protocol.QuorumChange | None = None
         self._reports: dict[int, RankReport] = {}
         self._restored: dict[int, dict[str, float]] = {}
+        self._has_unknown_seats = False
+        """Whether there are processes of the agent before this one that are not looked at yet."""
         self._is_killing = False
         self._is_stopping = False
-        self._kill_timer: Timer | None = None
+        self._asked_signal = 0
         self._num_unanswered = 0
         self._threads: set[int] = set()
         self._ending: set[Process] = set()
         """Processes that will execute nothing any more, but are not gone."""
-        self._children_before = set(children())
-        become_subreaper()
         self._socket = context.socket(zmq.DEALER)
         self._socket.linger = 1000
         self._socket.sndhwm = self._socket.rcvhwm = 0
@@ -123,8 +146,10 @@ class Agent:
             guard(self._socket)
         self._socket.connect(endpoint)
         loop.add_reader(self._socket, self._on_controller)
-        self._send(protocol.AgentHello(settings.node_rank, settings.num_ranks, socket.gethostname()))
+        self._say_hello()
+        self._take_over()
         loop.call_every(_TICK_S, self._on_tick)
+        loop.call_every(_ALIVE_S, self._say_alive)
         loop.call_every(_BEAT_S, self._on_beat)
         loop.call_every(_WARM_S, self._warm_standby)
         loop.call_later(settings.join_timeout_s, self._on_join_timeout)
@@ -132,6 +157,25 @@ class Agent:
     # ------------------------------------------------------------------ controller
     def _send(self, message: protocol.AgentMessage) -> None:
         self._socket.send(protocol.encode(message))
+
+    def _say_hello(self) -> None:
+        settings = self._settings
+        node_rank = settings.node_rank if self._launch is None else self._launch.node_rank
+        self._send(protocol.AgentHello(node_rank, settings.num_ranks, socket.gethostname(), settings.token))
+
+    def _say_again(self) -> None:
+        """Tell a controller that is new, or one that lost this node's agent, what it may not know; so do the ranks."""
+        for seat in self._seats:
+            if seat.is_listening:
+                self._send(protocol.RankAware(seat.global_rank, seat.incarnation, 0.0))
+                self._forward(seat, protocol.encode(protocol.Resync()))
+            if seat.has_left:
+                self._send(protocol.RankExited(seat.global_rank))
+            if seat.failure is not None:
+                self._send(protocol.RanksFailed((seat.failure,)))
+        if self._asked_signal:
+            self._send(protocol.StopAsked(self._asked_signal))
+        self.is_caught_up = True
 
     def _on_controller(self) -> None:
         while True:
@@ -157,10 +201,16 @@ class Agent:
                     self._forward(seat, payload)
             case protocol.KillAll():
                 self._is_killing = True
+                self._take_over_seats()
                 self._signal_all(signal.SIGKILL)
                 self._check_idle()
             case protocol.StopAll():
                 self._stop(message)
+            case protocol.WhoAreYou():
+                if not self._is_stopping:
+                    self._say_hello()
+            case protocol.Resync():
+                self._say_again()
             case protocol.AgentBeat():
                 pass
 
@@ -186,6 +236,7 @@ class Agent:
 
     def ask_stop(self, signal_number: int) -> None:
         """React to a signal that was sent to ``flashrun``; the second one ends ranks at once."""
+        self._asked_signal = signal_number
         if self._is_stopping:
             self._signal_all(signal.SIGKILL)
         elif self._launch is None:
@@ -195,16 +246,63 @@ class Agent:
             self._tell(f"got {signal.Signals(signal_number).name}: ranks are stopped")
             self._send(protocol.StopAsked(signal_number))
 
+    # ------------------------------------------------------------------ taking over from an agent that died
+    def _take_over(self) -> None:
+        """Find out who sits where; what became of them is looked at once the controller says that it still counts."""
+        kept = self._link.holdings.get(_LAUNCH)
+        if kept is not None:
+            self._assign_seats(msgspec.msgpack.decode(kept.note, type=_Launched))
+            self._has_unknown_seats = True
+            for seat in self._seats:
+                holding = self._link.holdings.get(seat.name)
+                seat.incarnation = max(seat.launched, -1 if holding is None else holding.number)
+        stop = self._link.holdings.get(_STOP)
+        if stop is not None:
+            self._stop(msgspec.msgpack.decode(stop.note, type=protocol.StopAll))
+        elif self._link.asked_signal:
+            self.ask_stop(self._link.asked_signal)
+
+    def _take_over_seats(self) -> None:
+        if not self._has_unknown_seats:
+            return
+        self._has_unknown_seats = False
+        seats = [seat for seat in self._seats if not seat.is_waiting_for_launch]
+        for seat in seats:
+            seat.take_over(self._link.holdings[seat.name], self._link)
+            self._starter.take_over_log(seat)
+            self._watch(seat)
+            self._watch_thread(seat)
+        for seat in seats:
+            status = self._link.holdings[seat.name].status
+            if status is not None:
+                self._drain(seat)
+                self._on_end(seat, status, clock.now_ns())
+
     # ------------------------------------------------------------------ starting ranks
     def _on_launch(self, launch: protocol.Launch) -> None:
-        self._launch = launch
-        self._is_killing = False
+        if self._launch is not None and launch.incarnation <= self._launch.incarnation:
+            if self._has_unknown_seats:
+                self._take_over_seats()
+                self._start_ranks(launch)
+            return
+        self._is_killing = self._has_unknown_seats = False
         self._quorum = None
-        for seat in self._seats:
-            seat.global_rank = launch.first_rank + seat.local_rank
+        launched = _Launched(launch, [seat.incarnation for seat in self._seats])
+        self._assign_seats(launched)
         if launch.incarnation == 0:
             self._starter.remove_old_logs(self._seats)
+        self._link.hold(_LAUNCH, launch.incarnation, note=msgspec.msgpack.encode(launched))
+        self._start_ranks(launch)
+
+    def _assign_seats(self, launched: _Launched) -> None:
+        launch = self._launch = launched.launch
+        for seat, incarnation in zip(self._seats, launched.incarnations, strict=True):
+            seat.global_rank = launch.first_rank + seat.local_rank
+            seat.incarnation = seat.launched = incarnation
+            seat.has_left, seat.failure = False, None
         self._by_global = {seat.global_rank: seat for seat in self._seats}
+
+    def _start_ranks(self, launch: protocol.Launch) -> None:
         if self._settings.is_python:
             self._pool.start(self._environment.common(launch), self._spawn_all)
         else:
@@ -212,7 +310,8 @@ class Agent:
 
     def _spawn_all(self) -> None:
         for seat in self._seats:
-            self._spawn(seat)
+            if seat.is_waiting_for_launch:
+                self._spawn(seat)
 
     def _spawn(self, seat: Seat) -> None:
         if self._is_stopping or self._is_killing or self._launch is None:
@@ -236,7 +335,6 @@ class Agent:
 
     def _watch_process(self, seat: Seat, process: Process) -> None:
         seat.process = process
-        seat.slot[Word.PID] = process.pid
         self._loop.add_reader(process.pidfd, lambda: self._on_exit(seat, process))
 
     # ------------------------------------------------------------------ a rank's channel
@@ -245,7 +343,7 @@ class Agent:
             seat.channel.send(payload)
             self._update_writer(seat.channel)
 
-    def _update_writer(self, channel: FrameChannel) -> None:
+    def _update_writer(self, channel: PacketChannel) -> None:
         if not channel.is_open:
             return
 
@@ -255,13 +353,18 @@ class Agent:
 
         self._loop.set_writer(channel.fileno(), flush if channel.has_pending else None)
 
-    def _on_channel(self, seat: Seat, channel: FrameChannel) -> None:
-        for payload in channel.receive():
+    def _drain(self, seat: Seat) -> None:
+        if seat.channel is None:
+            return
+        for payload in seat.channel.receive():
             try:
                 message = protocol.decode_rank_message(payload)
             except msgspec.MsgspecError:
                 continue
             self._on_rank_message(seat, message)
+
+    def _on_channel(self, seat: Seat, channel: PacketChannel) -> None:
+        self._drain(seat)
         if not channel.is_open and seat.channel is channel:
             self._loop.remove(channel.fileno())
             channel.close()
@@ -282,19 +385,34 @@ class Agent:
             case protocol.PolicySet(hang_timeout_s=hang_timeout_s):
                 if hang_timeout_s is not None and not self._settings.is_detector_fixed:
                     self._detector = DetectorSettings.exactly(hang_timeout_s)
-                self._send(protocol.FromRank(seat.global_rank, message))
+                self._pass_on(seat, message)
             case protocol.Raised():
                 seat.has_raised = True
-                self._send(protocol.FromRank(seat.global_rank, message))
+                self._pass_on(seat, message)
             case _:
-                self._send(protocol.FromRank(seat.global_rank, message))
+                self._pass_on(seat, message)
+
+    def _pass_on(
+        self,
+        seat: Seat,
+        message: protocol.StoreSet
+        | protocol.StoreGet
+        | protocol.CheckpointSaved
+        | protocol.PolicySet
+        | protocol.Raised
+        | protocol.Finished,
+    ) -> None:
+        self._send(protocol.FromRank(seat.global_rank, message, seat.incarnation))
 
     def _on_born(self, seat: Seat, pid: int) -> None:
+        if seat.process is not None:
+            return
         try:
-            process = Process(pid)
+            process = self._link.process(pid)
         except ProcessLookupError:
             self._on_stillborn(seat)
             return
+        self._link.hold(seat.name, seat.incarnation, pid=pid)
         self._watch_process(seat, process)
         if self._is_killing or self._is_stopping:
             process.send_signal(signal.SIGKILL)
@@ -322,15 +440,15 @@ class Agent:
         self._quorum = change
         self._reports.clear()
         self._restored.clear()
-        lost = {who.global_rank for who in change.lost}
+        lost = {who.global_rank: who.incarnation for who in change.lost}
         for seat in self._seats:
             self._forward(seat, payload)
         for seat in self._seats:
-            if seat.global_rank not in lost:
+            if lost.get(seat.global_rank) != seat.incarnation:  # not lost, or replaced already
                 continue
-            if seat.needs_process:
+            if not seat.is_running:
                 self._spawn(seat)
-            elif seat.is_running and seat.has_raised:
+            else:  # it raised, and is on its way out
                 seat.is_given_up = True
                 self._kill(seat)
 
@@ -393,7 +511,7 @@ class Agent:
 
     def _bury(self, process: Process) -> None:
         pidfd = process.pidfd
-        if process.poll(kill_group=True) is not None:
+        if process.poll() is not None:
             self._loop.remove(pidfd)
             self._ending.discard(process)
             if self._is_killing or self._is_stopping:
@@ -404,7 +522,7 @@ class Agent:
         if seat.channel is not None:
             self._on_channel(seat, seat.channel)
         pidfd = process.pidfd
-        status = process.poll(kill_group=True)
+        status = process.poll()
         if status is None:
             return
         self._loop.remove(pidfd)
@@ -413,28 +531,27 @@ class Agent:
     def _on_end(self, seat: Seat, status: ExitStatus, woken_ns: int) -> None:
         if seat.channel is not None:
             self._loop.remove(seat.channel.fileno())
+        raised = seat.slot.read(Region.RAISED)
         seat.end()
         if self._is_killing or self._is_stopping:
             self._check_idle()
         elif seat.is_given_up:
             self._spawn(seat)
         elif status == ExitStatus(0, is_signal=False):
+            seat.has_left = True
             self._send(protocol.RankExited(seat.global_rank))
         else:
-            seat.needs_process = True
-            if not seat.has_raised:
-                self._report_failure(seat, status, woken_ns)
+            if raised is not None:  # an agent before this one may have died with the report
+                self._on_rank_message(seat, protocol.decode_rank_message(raised))
+            self._report_failure(seat, status, woken_ns)
 
     def _report_failure(self, seat: Seat, status: ExitStatus, woken_ns: int) -> None:
         now_ns = clock.now_ns()
         reason = seat.verdict or str(status)
         detect_ms = seat.verdict_ms or (now_ns - woken_ns) / 1e6
-        failure = protocol.Failure(
-            protocol.LostRank(seat.global_rank, reason, now_ns),
-            status.shell_code,
-            detect_ms,
-        )
-        self._send(protocol.RanksFailed((failure,)))
+        lost = protocol.LostRank(seat.global_rank, reason, now_ns, seat.incarnation)
+        seat.failure = protocol.Failure(lost, status.shell_code, detect_ms)
+        self._send(protocol.RanksFailed((seat.failure,)))
 
     def _kill(self, seat: Seat) -> None:
         if seat.process is not None:
@@ -445,12 +562,16 @@ class Agent:
         for seat in self._seats:
             if seat.tail is not None:
                 seat.tail.pump()
-        if not self._pool.is_expecting and all(r.process is not None for r in self._seats if r.is_running):
-            known = {r.process.pid for r in self._seats if r.process is not None} | self._pool.pids
-            known |= {process.pid for process in self._ending}
-            reap_strangers(known | self._children_before)
         if not self._is_stopping and not self._is_killing:
             self._look_at_ranks()
+
+    def _say_alive(self) -> None:
+        known: set[int] | None = None
+        is_complete = not self._has_unknown_seats and all(r.process is not None for r in self._seats if r.is_running)
+        if is_complete and not self._pool.is_expecting:
+            known = {r.process.pid for r in self._seats if r.process is not None} | self._pool.pids
+            known |= {process.pid for process in self._ending}
+        self._link.say_alive(known)
 
     def _look_at_ranks(self) -> None:
         now_ns = clock.now_ns()
@@ -489,8 +610,12 @@ class Agent:
 
     # ------------------------------------------------------------------ stopping
     def _stop(self, order: protocol.StopAll) -> None:
+        if self._is_stopping:
+            return
         self._is_stopping = True
         self.exit_code = order.exit_code
+        self._link.hold(_STOP, 0, note=protocol.encode(order))
+        self._take_over_seats()
         if order.reason and self._settings.node_rank != 0:
             self._tell(order.reason)
         for seat in self._seats:
@@ -514,11 +639,11 @@ class Agent:
         else:
             for seat in self._seats:
                 seat.slot.reset()
-                seat.needs_process = False
+                seat.failure = None
             self._send(protocol.NodeIdle())
 
     def close(self) -> None:
-        """End every process that is left below this one, and close everything."""
+        """Let go of everything; the root ends what is left."""
         self._devices.close()
         self._pool.close()
         for fd in self._threads:
@@ -526,13 +651,3 @@ class Agent:
             os.close(fd)
         self._loop.remove(self._socket)
         self._socket.close()
-        deadline_s = clock.now_s() + _KILL_WAIT_S
-        while (left := set(children()) - self._children_before) and clock.now_s() < deadline_s:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            for pid in left:
-                os.waitpid(pid, 0)
-        become_subreaper(False)
-        for seat in self._seats:
-            seat.slot.close()
-            os.close(seat.slot.fd)

@@ -1,7 +1,8 @@
-"""Length-prefixed frames over an inherited socket pair: how a rank and its agent talk.
+"""Messages over an inherited pair of sockets: how a rank and its agent talk.
 
-A socket pair has no address, so nobody else can connect, and the kernel keeps what a rank wrote for its agent even when
-the rank dies right after. The agent's end never blocks; the rank's end blocks and may be used by several threads.
+The pair has no address, so nobody else can connect, and the kernel keeps what a rank wrote for its agent even when the
+rank dies right after. The agent's end never blocks, and passes to the agent's successor when the agent dies; the rank's
+end blocks and may be used by several threads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import socket
 import threading
 
-from lightning_flashrl.messaging.frames import CHUNK_BYTES, FrameBuffer, frame
+from lightning_flashrl.messaging.packets import PACKET_BYTES, Assembler, split
 
 
 class RankChannel:
@@ -23,26 +24,35 @@ class RankChannel:
         os.set_inheritable(fd, False)
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._frames = FrameBuffer()
+        self._messages = Assembler()
 
     def fileno(self) -> int:
         """Descriptor to poll."""
         return self._socket.fileno()
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this process owns it, and is no forked child of the one that does."""
+        return os.getpid() == self._pid
+
     def send(self, payload: bytes) -> None:
-        """Send one frame; it is with the kernel on return. Without an agent nobody listens, and nothing happens."""
-        if os.getpid() != self._pid:
+        """Send one message; it is with the kernel on return. Without a job nobody listens, and nothing happens."""
+        if not self.is_own:
             return
         with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.sendall(frame(payload))
+            for packet in split(payload):
+                self._socket.send(packet)
 
     def receive(self) -> list[bytes] | None:
-        """Block for bytes and return the frames complete by then, or ``None`` at the end of the stream."""
+        """Block for a packet and return the message that ends with it, if one does; ``None`` when no more will come."""
         try:
-            data = self._socket.recv(CHUNK_BYTES)
+            packet = self._socket.recv(PACKET_BYTES)
         except ConnectionResetError:
             return None
-        return self._frames.feed(data) if data else None
+        if not packet:
+            return None
+        message = self._messages.feed(packet)
+        return [] if message is None else [message]
 
 
 _of_process: RankChannel | None = None

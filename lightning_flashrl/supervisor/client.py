@@ -24,7 +24,7 @@ import msgspec
 from lightning_flashrl import clock
 from lightning_flashrl.errors import RankLostError
 from lightning_flashrl.recovery.slot import RankSlot, Word
-from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor import protocol, runner
 from lightning_flashrl.supervisor.channel import RankChannel, rank_channel
 from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
 from lightning_flashrl.types import RankReport, RecoveryPlan
@@ -69,11 +69,18 @@ class RankClient:
         self._wake_read, self._wake_write = -1, -1
         self._answered = threading.Condition()
         self._answers: dict[int, bytes | None] = {}
-        self._next_request = 0
+        self._standing_lock = threading.Lock()
+        self._standing: dict[str, protocol.Message] = {}
+        """What a new supervisor must be told, by kind: of each the newest."""
+        self._unanswered: dict[int, protocol.StoreSet | protocol.StoreGet] = {}
+        self._next_request = self.incarnation << 32
+        """Not one that a process before this one may have waited for."""
         self._fits_changed = threading.Condition()
         self._num_fits = 0
         self._num_fits_over = 0
         self._quorum: QuorumChange | None = None
+        self._planned = self._recorded = -1
+        """Newest quorums whose plan and whose end this process was told of; a new supervisor tells them again."""
 
     @classmethod
     def from_environ(cls) -> RankClient | None:
@@ -129,7 +136,7 @@ class RankClient:
                 thread.start()
             if is_host_only:
                 self.slot[Word.WATCHED_THREAD] = self._threads[1].native_id or 0
-        self._send(protocol.Hello(self.incarnation))
+        self._state(protocol.Hello(self.incarnation))
 
     def close(self) -> None:
         """Stop the threads. The rank stays supervised; :meth:`start` may be called again."""
@@ -148,16 +155,16 @@ class RankClient:
     # ------------------------------------------------------------------ recovery
     def send_report(self, report: RankReport) -> None:
         """Hand in this rank's part of the planner's input."""
-        self._send(protocol.Report(report))
+        self._state(protocol.Report(report))
 
     def send_restored(self, quorum_id: int, timings_ms: dict[str, float]) -> None:
         """Say that this rank is through with a recovery, and what took how long."""
-        self._send(protocol.Restored(quorum_id, timings_ms))
+        self._state(protocol.Restored(quorum_id, timings_ms))
 
     # ------------------------------------------------------------------ store
     def store_set(self, key: str, value: bytes) -> None:
         """Put ``value`` into the job's store. Keys that begin with ``q{id}/`` vanish when their quorum is history."""
-        self._send(protocol.StoreSet(key, value))
+        self._ask(lambda request_id: protocol.StoreSet(request_id, key, value))
 
     def store_get(self, key: str, timeout_s: float, abort: threading.Event | None = None) -> bytes:
         """Return the value of ``key``, waiting until somebody sets it.
@@ -167,11 +174,7 @@ class RankClient:
             RankLostError: ``abort`` was set meanwhile.
         """
         deadline_s = clock.now_s() + timeout_s
-        with self._answered:
-            request_id = self._next_request
-            self._next_request += 1
-            self._answers[request_id] = None
-        self._send(protocol.StoreGet(request_id, key))
+        request_id = self._ask(lambda request_id: protocol.StoreGet(request_id, key))
         with self._answered:
             try:
                 while (value := self._answers[request_id]) is None:
@@ -183,6 +186,7 @@ class RankClient:
                     self._answered.wait(left_s if abort is None else min(left_s, _ABORT_CHECK_S))
             finally:
                 del self._answers[request_id]
+                self._unanswered.pop(request_id, None)
         return value
 
     def _rank_lost(self, key: str) -> RankLostError:
@@ -194,22 +198,22 @@ class RankClient:
     # ------------------------------------------------------------------ what the controller should know
     def note_checkpoint(self, path: str) -> None:
         """Remember ``path`` as the newest checkpoint of the job."""
-        self._send(protocol.CheckpointSaved(path))
+        self._state(protocol.CheckpointSaved(path))
 
     def set_policy(
         self, *, max_faults: int | None, window_s: float | None, fallback: str | None, hang_timeout_s: float | None
     ) -> None:
         """Pass the user's wishes on. Flags given to ``flashrun`` win over them."""
-        self._send(protocol.PolicySet(max_faults, window_s, fallback, hang_timeout_s))
+        self._state(protocol.PolicySet(max_faults, window_s, fallback, hang_timeout_s))
 
     def report_exception(self, traceback_text: str) -> None:
         """Say that user code raised here: the job stops. On return the message has left this process."""
-        self._send(protocol.Raised(traceback_text))
+        runner.report(protocol.Raised(traceback_text))
 
     def finish(self, fit: int = 0) -> None:
         """Say that fit number ``fit`` of this rank's program is over; it can still be a donor."""
         self._num_fits = fit + 1
-        self._send(protocol.Finished(fit))
+        self._state(protocol.Finished(fit))
 
     def wait_all_finished(self, timeout_s: float | None = None) -> bool:
         """Wait until all ranks said :meth:`finish` of that fit; return whether they did."""
@@ -219,6 +223,31 @@ class RankClient:
     # ------------------------------------------------------------------ threads
     def _send(self, message: protocol.Message) -> None:
         self._channel.send(protocol.encode(message))
+
+    def _state(self, message: protocol.Message) -> None:
+        """Say what stays true until something of the same kind is said."""
+        with self._standing_lock:
+            self._standing[type(message).__name__] = message
+        self._send(message)
+
+    def _ask(self, make: Callable[[int], protocol.StoreSet | protocol.StoreGet]) -> int:
+        """Send a request, which is sent again to a new supervisor until it is answered."""
+        with self._answered:
+            request_id = self._next_request
+            self._next_request += 1
+            request = self._unanswered[request_id] = make(request_id)
+            if isinstance(request, protocol.StoreGet):
+                self._answers[request_id] = None
+        self._send(request)
+        return request_id
+
+    def _say_again(self) -> None:
+        with self._standing_lock:
+            standing = list(self._standing.values())
+        with self._answered:
+            requests = list(self._unanswered.values())
+        for message in (*standing, *requests):
+            self._send(message)
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_INTERVAL_S):
@@ -244,8 +273,11 @@ class RankClient:
     def _dispatch(self, message: protocol.ToRank) -> None:
         known = -1 if self._quorum is None else self._quorum.quorum_id
         match message:
+            case protocol.Resync():
+                self._say_again()
             case protocol.StoreValue(request_id=request_id, value=value):
                 with self._answered:
+                    self._unanswered.pop(request_id, None)
                     if request_id in self._answers:
                         self._answers[request_id] = value
                     self._answered.notify_all()
@@ -254,9 +286,11 @@ class RankClient:
                 self._on_quorum_change(message)
                 with self._answered:
                     self._answered.notify_all()
-            case protocol.PlanReady(plan=plan) if plan.quorum_id == known:
+            case protocol.PlanReady(plan=plan) if plan.quorum_id == known > self._planned:
+                self._planned = known
                 self._on_plan(plan)
-            case RecoveryRecord():
+            case RecoveryRecord(quorum_id=quorum_id) if quorum_id > self._recorded:
+                self._recorded = quorum_id
                 self._on_event(message)
             case protocol.AllFinished(num_fits=num_fits):
                 with self._fits_changed:

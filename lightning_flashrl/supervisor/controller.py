@@ -20,6 +20,9 @@ reported exception is the user's: the job stops. Exception: while another rank i
 *survivor* may just be a consequence, so the survivor is replaced too; if the error was its own, it comes back when the
 replacement gets there. Errors of this package that stop a run (:class:`~lightning_flashrl.errors.FatalError`) always
 stop it, and so do exceptions of the ranks being replaced.
+
+A controller can be pickled, and is no more than what it was told so far: a successor that is told the same, at the same
+times, is the same. Agents may say things again, to a successor or as a successor; that changes nothing.
 """
 
 from __future__ import annotations
@@ -111,6 +114,7 @@ Action: TypeAlias = Send | Tell | Keep
 class _Node:
     num_ranks: int
     host: str
+    token: str
     last_seen_ns: int
     first_rank: int = 0
 
@@ -129,6 +133,8 @@ class Controller:
         self.error: FatalError | None = None
         """Why the job failed, if it did."""
         self.quorum_id = 0
+        self.num_records = 0
+        """Recoveries told of in the log so far."""
         self._settings = settings
         self._choose_port = choose_port
         self._nodes: dict[int, _Node] = {}
@@ -143,17 +149,28 @@ class Controller:
         self._newest_checkpoint: str | None = None
         self._resume_checkpoint: str | None = None
         self._recovery: OngoingRecovery | None = None
+        self._change: QuorumChange | None = None
+        self._record: RecoveryRecord | None = None
+        self._stop_order: protocol.StopAll | None = None
+        """The newest of each, for an agent that takes over."""
         self._uses_flash = settings.uses_flash
         self._exited: set[int] = set()
-        self._raised: set[int] = set()
+        self._ended: dict[int, int] = {}
+        """The newest incarnation of each rank whose loss or exception was dealt with."""
         self._fits: dict[int, int] = {}
         """Fits that each rank has ended."""
         self._num_fits_over = 0
         """Fits that all ranks have ended."""
         self._world_size = 0
+        self._port = 0
         self._now_ns = 0
         self._ticked_ns = 0
         self._actions: list[Action] = []
+
+    @property
+    def is_recovering(self) -> bool:
+        """Whether a recovery is under way."""
+        return self._recovery is not None
 
     @property
     def world_size(self) -> int:
@@ -198,6 +215,10 @@ class Controller:
         if was_away:  # this process did not run; messages of nodes are waiting to be read
             for node in self._nodes.values():
                 node.last_seen_ns = now_ns
+        if self.state is JobState.STOPPING:
+            for node_rank, node in sorted(self._nodes.items()):
+                if now_ns - node.last_seen_ns > NODE_SILENCE_S * 1e9:
+                    self._on_idle(node_rank)
         if self.state in (JobState.RUNNING, JobState.RESTARTING):
             for node_rank, node in sorted(self._nodes.items()):
                 if now_ns - node.last_seen_ns > NODE_SILENCE_S * 1e9:
@@ -215,8 +236,17 @@ class Controller:
 
     # ------------------------------------------------------------------ joining
     def join(self, now_ns: int, hello: protocol.AgentHello) -> tuple[int, list[Action]]:
-        """Give a node its rank; -1 refuses it. The last one launches the job."""
+        """Give a node its rank; -1 refuses it. The last one launches the job.
+
+        An agent that takes over from another one of its node, or says hello again to a new controller, is told how
+        things stand.
+        """
         self._now_ns = now_ns
+        for known_rank, node in self._nodes.items():
+            if hello.token and node.token == hello.token:
+                node.last_seen_ns = now_ns
+                self._catch_up(known_rank)
+                return known_rank, self._take()
         node_rank = hello.node_rank
         if node_rank < 0:
             node_rank = next((n for n in range(self._settings.num_nodes) if n not in self._nodes), -1)
@@ -226,7 +256,7 @@ class Controller:
             or not 0 <= node_rank < self._settings.num_nodes
         ):
             return -1, []
-        self._nodes[node_rank] = _Node(hello.num_ranks, hello.host, now_ns)
+        self._nodes[node_rank] = _Node(hello.num_ranks, hello.host, hello.token, now_ns)
         if len(self._nodes) == self._settings.num_nodes:
             for rank in sorted(self._nodes):
                 self._nodes[rank].first_rank = self._world_size
@@ -237,27 +267,50 @@ class Controller:
 
     def _launch(self) -> None:
         self.state = JobState.RUNNING
-        port = self._choose_port()
-        for node_rank, node in sorted(self._nodes.items()):
-            self._send(
-                node_rank,
-                protocol.Launch(
-                    node_rank=node_rank,
-                    first_rank=node.first_rank,
-                    world_size=self._world_size,
-                    incarnation=self._num_restarts,
-                    master_addr=self._settings.master_addr,
-                    master_port=port,
-                    run_id=self._settings.run_id,
-                    hash_seed=self._settings.hash_seed,
-                    resume_checkpoint=self._resume_checkpoint,
-                ),
+        self._port = self._choose_port()
+        for node_rank in sorted(self._nodes):
+            self._send_launch(node_rank)
+
+    def _send_launch(self, node_rank: int) -> None:
+        self._send(
+            node_rank,
+            protocol.Launch(
+                node_rank=node_rank,
+                first_rank=self._nodes[node_rank].first_rank,
+                world_size=self._world_size,
+                incarnation=self._num_restarts,
+                master_addr=self._settings.master_addr,
+                master_port=self._port,
+                run_id=self._settings.run_id,
+                hash_seed=self._settings.hash_seed,
+                resume_checkpoint=self._resume_checkpoint,
+            ),
+        )
+
+    def _catch_up(self, node_rank: int) -> None:
+        """Say again what the node's agent, or its ranks, may have missed; what they know already changes nothing."""
+        if self.state is JobState.RUNNING:
+            self._send_launch(node_rank)
+            plan = None if self._recovery is None or self._recovery.plan is None else self._recovery.plan
+            messages: tuple[protocol.ToAgent | None, ...] = (
+                self._change,
+                None if plan is None else protocol.PlanReady(plan),
+                self._record,
+                protocol.AllFinished(self._num_fits_over) if self._num_fits_over else None,
             )
+            for message in messages:
+                if message is not None:
+                    self._send(node_rank, message)
+        elif self.state is JobState.RESTARTING:
+            self._send(node_rank, protocol.KillAll())
+        elif self._stop_order is not None:
+            self._send(node_rank, self._stop_order)
+        self._send(node_rank, protocol.Resync())
 
     # ------------------------------------------------------------------ faults
     def _on_failure(self, failure: Failure) -> None:
         lost = failure.lost
-        if self.state is not JobState.RUNNING or lost.global_rank in self._raised:
+        if self.state is not JobState.RUNNING or not self._is_news(lost.global_rank, lost.incarnation):
             return
         if self._num_fits_over > protocol.PROGRAM_END and failure.exit_code > _SIGNALS_FROM:
             self._on_exited(lost.global_rank)  # the programs of all ranks are over: nothing is lost with it
@@ -271,6 +324,13 @@ class Controller:
             )
         else:
             self._begin_recovery(lost, failure.detect_ms)
+
+    def _is_news(self, global_rank: int, incarnation: int) -> bool:
+        """Whether this process's end was not dealt with before; now it is."""
+        if incarnation <= self._ended.get(global_rank, -1):
+            return False
+        self._ended[global_rank] = incarnation
+        return True
 
     def _begin_recovery(self, lost: LostRank, detect_ms: float) -> None:
         if self._budget.is_exhausted_by(self._now_ns / 1e9):
@@ -290,7 +350,8 @@ class Controller:
         if self._fits.get(lost.global_rank, 0) > self._num_fits_over:  # its replacement has to end that fit again
             self._fits[lost.global_rank] = self._num_fits_over
         self._store.drop_before(self.quorum_id)
-        self._send(None, QuorumChange(self.quorum_id, tuple(unrestored.values())))
+        self._change = QuorumChange(self.quorum_id, tuple(unrestored.values()))
+        self._send(None, self._change)
         self._tell(
             f"rank {lost.global_rank} lost: {lost.reason}; it is replaced, the others wait (quorum {self.quorum_id})"
         )
@@ -328,6 +389,8 @@ class Controller:
 
     def _end_recovery(self, recovery: OngoingRecovery, *, is_complete: bool) -> None:
         record = recovery.record(self._now_ns, is_complete=is_complete)
+        self.num_records += 1
+        self._record = record
         self._actions.append(Keep(record))
         self._send(None, record)
         self._tell(describe(record))
@@ -342,15 +405,14 @@ class Controller:
             self._fail(f"{text}; {remedy}" if remedy else text, error=error)
 
     # ------------------------------------------------------------------ exceptions and exits
-    def _on_raised(self, global_rank: int, raised: protocol.Raised) -> None:
-        if self.state is not JobState.RUNNING:
+    def _on_raised(self, global_rank: int, incarnation: int, raised: protocol.Raised) -> None:
+        if self.state is not JobState.RUNNING or not self._is_news(global_rank, incarnation):
             return
         if self._uses_flash and self._may_be_consequence(global_rank, raised.traceback):
             last = raised.traceback.strip().rpartition("\n")[2]
-            lost = LostRank(global_rank, f"raised while another rank was being replaced: {last}", self._now_ns)
-            self._begin_recovery(lost, 0.0)
+            reason = f"raised while another rank was being replaced: {last}"
+            self._begin_recovery(LostRank(global_rank, reason, self._now_ns, incarnation), 0.0)
             return
-        self._raised.add(global_rank)
         error = UserCodeError(global_rank, raised.traceback.rstrip())
         if self._uses_flash:
             self._fail(str(error), exit_code=raised.exit_code, error=error)
@@ -376,10 +438,9 @@ class Controller:
         self.state = JobState.RESTARTING
         self._num_restarts += 1
         self.quorum_id = 0
-        self._recovery = None
+        self._recovery = self._change = self._record = None
         self._store.clear()
-        for group in (self._exited, self._raised):
-            group.clear()
+        self._exited.clear()
         self._fits.clear()
         self._num_fits_over = 0
         self._idle_nodes.clear()
@@ -391,7 +452,8 @@ class Controller:
             self._stop(0, "", signal_number=_SIGTERM, grace_s=0.0)
 
     def _on_idle(self, node_rank: int) -> None:
-        self._idle_nodes.add(node_rank)
+        if self.state in (JobState.RESTARTING, JobState.STOPPING):
+            self._idle_nodes.add(node_rank)
         if len(self._idle_nodes) < len(self._nodes):
             return
         if self.state is JobState.RESTARTING:
@@ -410,15 +472,17 @@ class Controller:
         self.exit_code = exit_code
         if text:
             self._tell(text)
-        self._send(None, protocol.StopAll(exit_code, signal_number, grace_s, text))
+        self._stop_order = protocol.StopAll(exit_code, signal_number, grace_s, text)
+        self._send(None, self._stop_order)
 
     # ------------------------------------------------------------------ ranks
     def _on_rank_message(self, node_rank: int, envelope: protocol.FromRank) -> None:
         global_rank = envelope.global_rank
         match envelope.message:
-            case protocol.StoreSet(key=key, value=value):
+            case protocol.StoreSet(request_id=request_id, key=key, value=value):
                 for waiter in self._store.set(key, value):
                     self._answer(waiter, value)
+                self._answer(Waiter(node_rank, global_rank, request_id), b"")
             case protocol.StoreGet(request_id=request_id, key=key):
                 waiter = Waiter(node_rank, global_rank, request_id)
                 found = self._store.get(key, waiter)
@@ -432,7 +496,7 @@ class Controller:
             case protocol.CheckpointSaved(path=path):
                 self._newest_checkpoint = path
             case protocol.Raised() as raised:
-                self._on_raised(global_rank, raised)
+                self._on_raised(global_rank, envelope.incarnation, raised)
             case protocol.PolicySet() as policy:
                 self._set_policy(policy)
 

@@ -2,13 +2,14 @@
 
 ::
 
-    interpreter ── fork ──▶ keeper: controller, agent ── fork ──▶ ranks, and a process that waits to replace one
-        ▲  ▲                  │                            │
-        │  └── verdict ───────┘                            │
-        └───── output of all (pipes) ──────────────────────┘
+    interpreter ── fork ──▶ keeper ─fork─┬▶ supervisor: controller and agent
+        ▲  ▲                             └▶ ranks, and a process that waits to replace one
+        │  └── verdict ──────────────────── supervisor
+        └───── output of all (pipes) ────── supervisor, ranks
 
-The keeper never runs the user's code: it stays the copy of the interpreter that it was when the job began, so a
-replacement begins with the same objects and random states as the rank it replaces. What the interpreter waits for:
+The keeper (a :class:`~lightning_flashrl.supervisor.root.Root`) never runs the user's code: it stays the copy of the
+interpreter that it was when the job began, so a replacement begins with the same objects and random states as the rank
+it replaces. What the interpreter waits for:
 
 =================== ==========================================
 ready               means
@@ -31,35 +32,33 @@ import logging
 import multiprocessing
 import os
 import pickle
+import secrets
 import select
 import signal
 import socket
 import sys
 import threading
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, NoReturn, TextIO
-
-import zmq
+from typing import BinaryIO, TextIO
 
 from lightning_flashrl.errors import FatalError
-from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.packets import PacketChannel
 from lightning_flashrl.recovery.slot import Heartbeat, RankSlot
-from lightning_flashrl.supervisor.agent import Agent
 from lightning_flashrl.supervisor.channel import RankChannel
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import JobSettings
 from lightning_flashrl.supervisor.environment import RankEnvironment, slot_region_bytes
 from lightning_flashrl.supervisor.pool import Candidate, StandbyPool
-from lightning_flashrl.supervisor.process import Process, die_with_parent
+from lightning_flashrl.supervisor.process import STOP_SIGNALS, Process, die_with_parent, fork
+from lightning_flashrl.supervisor.root import Root
+from lightning_flashrl.supervisor.root_link import RootLink
 from lightning_flashrl.supervisor.runner import run_reported
 from lightning_flashrl.supervisor.seat import AgentSettings
-from lightning_flashrl.supervisor.service import LOCAL_ENDPOINT, ControllerService
 from lightning_flashrl.supervisor.standby import await_order, take_seat
+from lightning_flashrl.supervisor.supervise import Supervision
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _CHUNK_BYTES = 1 << 16
 _RUN_ID = "notebook"
 _FIRST_FILL_DELAY_S = 0.1
@@ -148,47 +147,43 @@ class ForkedJob:
         def keep() -> int:
             die_with_parent(interpreter_pid)
             _leave_session(outputs)
-            self._keep(verdict_fd)
-            return 0
+            return self._keep(verdict_fd)
 
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        return Process(_fork(keep))
+        return Process(fork(keep))
 
     # ------------------------------------------------------------------ in the keeper
-    def _keep(self, verdict_fd: int) -> None:
-        loop = EventLoop()
-        environment = RankEnvironment(
-            base=os.environ,
-            num_local_ranks=self._num_ranks,
-            num_nodes=1,
-            max_restarts=0,
-            slot_fds=[slot.fd for slot in self._slots],
-            region_bytes=self._region_bytes,
+    def _keep(self, verdict_fd: int) -> int:
+        inherited = _open_fds()
+        root_pid = os.getpid()
+        settings = AgentSettings(argv=(), num_ranks=self._num_ranks, log_dir=self._log_dir, token=secrets.token_hex(8))
+        supervision = Supervision(
+            settings=settings,
+            environment=RankEnvironment(
+                base=os.environ,
+                num_local_ranks=self._num_ranks,
+                num_nodes=1,
+                max_restarts=0,
+                slot_fds=[slot.fd for slot in self._slots],
+                region_bytes=self._region_bytes,
+                log_dir=self._log_dir,
+            ),
+            slots=self._slots,
+            make_pool=lambda loop, link: _ForkingPool(loop, link, _tell),
+            tell=_tell,
+            show=_show,
+            job=JobSettings(uses_flash=True, run_id=_RUN_ID),
+            chronicle=Chronicle(),
             log_dir=self._log_dir,
+            on_end=lambda exit_code, error: _write_verdict(verdict_fd, exit_code, error),
         )
-        settings = AgentSettings(argv=(), num_ranks=self._num_ranks, log_dir=self._log_dir)
-        job = JobSettings(uses_flash=True, run_id=_RUN_ID)
-        pool = _ForkingPool(loop, self._program, _tell)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(0)
-        service: ControllerService | None = None
 
-        def tell(text: str) -> None:
-            if service is None or service.controller.error is None:  # the interpreter raises the error
-                _tell(text)
+        def live_as_rank(sock: socket.socket) -> int:
+            return _live_as_rank(sock, root_pid, inherited, self._program)
 
-        service = ControllerService(context, loop, job, tell, log_dir=self._log_dir)
-        agent = Agent(context, loop, LOCAL_ENDPOINT, settings, environment, pool, self._slots, tell=_tell, show=_show)
-        try:
-            with loop.catch_signals(_SIGNALS, agent.ask_stop):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-                loop.run_until(lambda: agent.is_done and service.is_done)
-        finally:
-            agent.close()
-            service.close()
-            context.term()
-        os.pwrite(verdict_fd, pickle.dumps((agent.exit_code, service.controller.error)), 0)
+        return Root(supervision.run, settings.detector, _tell, live_as_rank).run()
 
 
 # --------------------------------------------------------------------------- output
@@ -236,6 +231,10 @@ def _show(text: str) -> None:
 
 
 # --------------------------------------------------------------------------- the end
+def _write_verdict(verdict_fd: int, exit_code: int, error: FatalError | None) -> None:
+    os.pwrite(verdict_fd, pickle.dumps((exit_code, error)), 0)
+
+
 def _judge(verdict: bytes, keeper: Process) -> None:
     if not verdict:
         raise FatalError(
@@ -255,7 +254,6 @@ def _leave_session(outputs: list[_Output]) -> None:
     gc.disable()
     gc.freeze()
     atexit._clear()
-    signal.set_wakeup_fd(-1)  # else a signal to us would be handled by the original's event loop
     null_fd = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null_fd, 0)
     os.close(null_fd)
@@ -289,18 +287,16 @@ def _look_like_a_program() -> None:
 
 
 class _ForkingPool(StandbyPool):
-    """Gives out copies of this process.
+    """Gives out copies of the root.
 
     Args:
         loop: calls this object back.
-        program: what the copies run when they become a rank.
+        link: to the root.
         tell: shows a line to the user.
     """
 
-    def __init__(self, loop: EventLoop, program: Callable[[], None], tell: Callable[[str], None]) -> None:
-        super().__init__(loop, 1, (), (), "", tell)
-        self._program = program
-        self._inherited = _open_fds()
+    def __init__(self, loop: EventLoop, link: RootLink, tell: Callable[[str], None]) -> None:
+        super().__init__(loop, link, 1, (), (), "", tell)
 
     def start(self, environ: object, when_settled: Callable[[], None]) -> None:
         """Ready from the beginning."""
@@ -319,63 +315,31 @@ class _ForkingPool(StandbyPool):
         return candidate
 
     def _fork(self) -> Candidate | None:
-        keeper_pid = os.getpid()
-        ours, theirs = socket.socketpair()
         try:
-            pid = _fork(lambda: self._live_as_rank(theirs.detach(), keeper_pid))
+            process, sock = self._link.copy()
         except OSError:
-            ours.close()
             return None
-        finally:
-            theirs.close()
-        return Candidate(FrameChannel(ours), Process(pid))
-
-    def _live_as_rank(self, fd: int, keeper_pid: int) -> int:
-        os.setsid()
-        die_with_parent(keeper_pid)
-        signal.set_wakeup_fd(-1)
-        for number in _SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        for opened in _open_fds() - self._inherited - {fd}:
-            with contextlib.suppress(OSError):
-                os.close(opened)
-        channel = RankChannel(fd)
-        order = await_order(channel)
-        if order is None:
-            return 0
-        gc.enable()
-        take_seat(channel, order)
-        return _run_to_the_end(self._program)
+        return Candidate(PacketChannel(sock), process)
 
 
 # --------------------------------------------------------------------------- copies
-def _fork(live: Callable[[], int]) -> int:
-    """Make a copy of this process that runs ``live`` and ends with its status; return the copy's number.
-
-    Whatever happens, the copy never returns into the program that it was copied from. Signals wait in it until it has
-    handlers of its own.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the copy has one thread, and misses no other
-            pid = os.fork()
-        if pid == 0:
-            _live_and_end(live)
-        return pid
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _live_and_end(live: Callable[[], int]) -> NoReturn:
-    status = 1
-    try:
-        status = live()
-    except BaseException:  # noqa: BLE001 - nobody above may see it
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def _live_as_rank(sock: socket.socket, root_pid: int, inherited: set[int], program: Callable[[], None]) -> int:
+    os.setsid()
+    die_with_parent(root_pid)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    fd = sock.detach()
+    for opened in _open_fds() - inherited - {fd}:
+        with contextlib.suppress(OSError):
+            os.close(opened)
+    channel = RankChannel(fd)
+    order = await_order(channel)
+    if order is None:
+        return 0
+    gc.enable()
+    take_seat(channel, order)
+    return _run_to_the_end(program)
 
 
 def _open_fds() -> set[int]:

@@ -1,10 +1,13 @@
-"""The agent's side of the standby: keeps it alive, and keeps processes ready that can become a rank at once."""
+"""The agent's side of the standby: keeps it alive, and keeps processes ready that can become a rank at once.
+
+The standby outlives its agent: the root holds it, and the agent's successor goes on with it. The processes that waited
+see the end of the agent, and end; the successor has new ones forked.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import signal
 import socket
 import sys
@@ -13,14 +16,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lightning_flashrl.messaging.frames import FrameChannel
 from lightning_flashrl.messaging.loop import EventLoop
+from lightning_flashrl.messaging.packets import PacketChannel, make_pair
 from lightning_flashrl.supervisor import protocol, standby
-from lightning_flashrl.supervisor.process import Process, spawn
+from lightning_flashrl.supervisor.process import Process
+from lightning_flashrl.supervisor.root_link import Holding, RootLink
 
 _REFILL_DELAY_S = 1.0
 """A new process is forked when the recovery that took the last one is probably over."""
 _FIRST_FILL_DELAY_S = 0.1
+_NAME = "standby"
 _GROWTH = 1.1
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
@@ -35,7 +40,7 @@ class Candidate:
         warm_bytes: memory that it was told to touch.
     """
 
-    channel: FrameChannel
+    channel: PacketChannel
     process: Process | None = None
     warm_bytes: int = 0
 
@@ -45,6 +50,7 @@ class StandbyPool:
 
     Args:
         loop: calls this object back.
+        link: to the root, which holds the standby.
         size: how many processes wait; 0 turns standby off.
         modules: what the standby imports.
         core_modules: what it imports when the former did not go well.
@@ -55,6 +61,7 @@ class StandbyPool:
     def __init__(
         self,
         loop: EventLoop,
+        link: RootLink,
         size: int,
         modules: tuple[str, ...],
         core_modules: tuple[str, ...],
@@ -62,6 +69,8 @@ class StandbyPool:
         tell: Callable[[str], None],
     ) -> None:
         self._loop = loop
+        self._link = link
+        self._number = -1
         self._size = size
         self._attempts = [modules, core_modules] if modules != core_modules else [modules]
         self._path_entry = path_entry
@@ -93,25 +102,45 @@ class StandbyPool:
             when_settled()
             return
         self._when_settled.append(when_settled)
-        if self._process is None:
+        holding = self._link.holdings.get(_NAME)
+        if self._process is None and (holding is None or not self._take_over(holding)):
             self._start_process()
 
+    def _take_over(self, holding: Holding) -> bool:
+        self._number = holding.number
+        if holding.status is not None:
+            return False
+        self._watch(self._link.process(holding.pid), socket.socket(fileno=holding.fd))
+        assert self._control is not None
+        with contextlib.suppress(OSError):  # it has just died
+            self._control.send(standby.ASK)
+        if holding.note == standby.READY:
+            self._on_ready()
+        return True
+
     def _start_process(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
         environ = self._environ | _ONE_THREAD
         environ |= {
-            "FLASHRL_AGENT_PID": str(os.getpid()),
-            "FLASHRL_STANDBY_FD": str(theirs.fileno()),
+            "FLASHRL_ROOT_PID": str(self._link.root_pid),
             "FLASHRL_PRELOAD": msgspec.json.encode(list(self._attempts[0])).decode(),
             "FLASHRL_PATH_ENTRY": self._path_entry,
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
-        self._process = spawn([sys.executable, "-m", standby.__name__], environ, (theirs.fileno(),))
-        theirs.close()
-        self._control = ours
-        self._loop.add_reader(ours.fileno(), self._on_control)
-        self._loop.add_reader(self._process.pidfd, self._on_exit)
+        self._number += 1
+        command = [sys.executable, "-m", standby.__name__]
+        self._watch(*self._link.spawn(_NAME, self._number, command, environ, "FLASHRL_STANDBY_FD"))
+
+    def _watch(self, process: Process, control: socket.socket) -> None:
+        control.setblocking(False)
+        self._process, self._control = process, control
+        self._loop.add_reader(control.fileno(), self._on_control)
+        self._loop.add_reader(process.pidfd, self._on_exit)
+
+    def _on_ready(self) -> None:
+        if not self._is_ready:
+            self._is_ready = True
+            self._settle()
+            self._loop.call_later(_FIRST_FILL_DELAY_S, self._refill)
 
     def _on_control(self) -> None:
         assert self._control is not None
@@ -122,9 +151,8 @@ class StandbyPool:
         except OSError:
             message = b""
         if message == standby.READY:
-            self._is_ready = True
-            self._settle()
-            self._loop.call_later(_FIRST_FILL_DELAY_S, self._refill)
+            self._link.hold(_NAME, self._number, note=standby.READY)
+            self._on_ready()
         else:
             self._loop.remove(self._control.fileno())
 
@@ -186,7 +214,7 @@ class StandbyPool:
     def _fork(self) -> Candidate | None:
         if not self._is_ready or self._control is None:
             return None
-        ours, theirs = socket.socketpair()
+        ours, theirs = make_pair()
         try:
             socket.send_fds(self._control, [standby.FORK], [theirs.fileno()])
         except OSError:  # it has just died, or is so slow that the queue is full
@@ -194,7 +222,7 @@ class StandbyPool:
             return None
         finally:
             theirs.close()
-        return Candidate(FrameChannel(ours))
+        return Candidate(PacketChannel(ours))
 
     def _refill(self) -> None:
         while not self._is_closed and len(self._waiting) < self._size:
@@ -214,7 +242,7 @@ class StandbyPool:
             with contextlib.suppress(msgspec.MsgspecError, ProcessLookupError):
                 message = protocol.decode_rank_message(payload)
                 if isinstance(message, protocol.Ready):
-                    candidate.process = Process(message.pid)
+                    candidate.process = self._link.process(message.pid)
                     self._watch_exit(candidate)
         if not candidate.channel.is_open:
             self._loop.remove(candidate.channel.fileno())
@@ -243,16 +271,14 @@ class StandbyPool:
             self._loop.call_later(_REFILL_DELAY_S, self._refill)
 
     def close(self) -> None:
-        """End the standby and all that wait."""
+        """Let go of the standby and of all that wait; the root ends them with everything else."""
         self._is_closed = True
         for candidate in self._waiting:
             self._loop.remove(candidate.channel.fileno())
             candidate.channel.close()
             if candidate.process is not None:
                 self._loop.remove(candidate.process.pidfd)
-                candidate.process.end()
         if self._process is not None and self._control is not None:
             self._loop.remove(self._process.pidfd)
             self._loop.remove(self._control.fileno())
-            self._process.end()
             self._control.close()

@@ -1,4 +1,4 @@
-"""Processes of a node: started so that they die with their agent, and watched by descriptor instead of by polling."""
+"""Processes of a node: started so that they die with their parent, and watched by descriptor instead of by polling."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import os
 import secrets
 import signal
 import threading
+import traceback
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_flashrl import clock
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""What a user sends to a job to end it."""
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PIDFD_THREAD = os.O_EXCL
 _PF_EXITING = 4
@@ -28,6 +34,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def name_process(name: str) -> None:
+    """Set the name that the kernel shows for this process, of at most 15 characters."""
+    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def become_subreaper(is_on: bool = True) -> None:
@@ -119,7 +130,7 @@ class ExitStatus:
 
 
 class Process:
-    """A child of this process, watched through a pidfd.
+    """A process, watched through a pidfd; to learn how it ended it must be a child of this one.
 
     Raises:
         ProcessLookupError: there is no such process.
@@ -136,20 +147,12 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
 
-    def poll(self, *, kill_group: bool = False) -> ExitStatus | None:
-        """Return how the process ended, or ``None`` while it runs; its descriptor is closed afterwards.
-
-        Args:
-            kill_group: also end the processes it left behind in its process group, before its number can be reused.
-        """
+    def poll(self) -> ExitStatus | None:
+        """Return how the process ended, or ``None`` while it runs; its descriptor is closed afterwards."""
         if self._status is None:
-            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
             if result is None:
                 return None
-            if kill_group:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             os.close(self.pidfd)
             self._status = ExitStatus(result.si_status, result.si_code != os.CLD_EXITED)
         return self._status
@@ -210,17 +213,48 @@ def _stat(path: str) -> list[str]:
         return []
 
 
-def spawn(argv: list[str], environ: dict[str, str], fds: tuple[int, ...] = ()) -> Process:
-    """Start a program in a session of its own; ``fds`` and every inheritable descriptor stay open in it."""
+def spawn(argv: list[str], environ: dict[str, str], fds: tuple[int, ...] = ()) -> int:
+    """Start a program in a session of its own and return its number.
+
+    ``fds`` and every inheritable descriptor stay open in it.
+    """
     actions = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds]
     for fd in fds:
         os.set_inheritable(fd, True)
     try:
-        pid = os.posix_spawnp(argv[0], argv, environ, file_actions=actions, setsid=True)
+        return os.posix_spawnp(argv[0], argv, environ, file_actions=actions, setsid=True)
     finally:
         for fd in fds:
             os.set_inheritable(fd, False)
-    return Process(pid)
+
+
+def fork(live: Callable[[], int]) -> int:
+    """Make a copy of this process that runs ``live`` and ends with its status; return the copy's number.
+
+    Whatever happens, the copy never returns into the program that it was copied from. Signals wait in it until it has
+    handlers of its own.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the copy has one thread, and misses no other
+            pid = os.fork()
+        if pid == 0:
+            _live_and_end(live)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _live_and_end(live: Callable[[], int]) -> NoReturn:
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)  # else a signal to the copy would be handled by the original's event loop
+        status = live()
+    except BaseException:  # noqa: BLE001 - nobody above may see it
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def children() -> list[int]:
@@ -232,6 +266,23 @@ def children() -> list[int]:
             if stat and int(stat[1]) == os.getpid():
                 found.append(int(name))
     return found
+
+
+def bury(pid: int) -> ExitStatus | None:
+    """Collect a child that has ended and say how; ``None`` while it runs, or when it is no child.
+
+    What it left behind in its process group is ended before its number can be given to another process.
+    """
+    try:
+        result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    if result is None:
+        return None
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return ExitStatus(result.si_status, result.si_code != os.CLD_EXITED)
 
 
 def reap_strangers(known: set[int]) -> None:

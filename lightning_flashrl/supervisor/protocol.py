@@ -30,11 +30,13 @@ class LostRank(msgspec.Struct, frozen=True):
         global_rank: who.
         reason: how, readable ("killed by SIGKILL", "hung: …").
         detected_ns: when its agent knew, on the monotonic clock of that agent's host.
+        incarnation: which of its processes; who hears of it again knows by this that it is the same loss.
     """
 
     global_rank: int
     reason: str
     detected_ns: int
+    incarnation: int = 0
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -105,6 +107,10 @@ class AllFinished(Message, frozen=True):
     num_fits: int = 1
 
 
+class Resync(Message, frozen=True):
+    """There is a new supervisor: say again what it must know of you."""
+
+
 # --------------------------------------------------------------------------- agent → rank
 class Order(Message, frozen=True):
     """Become a rank: for a process that waits on standby.
@@ -133,7 +139,7 @@ class Warm(Message, frozen=True):
 
 
 class StoreValue(Message, frozen=True):
-    """Answer to :class:`StoreGet`."""
+    """Answer to :class:`StoreGet`, and, with any value, to :class:`StoreSet`."""
 
     request_id: int
     value: bytes
@@ -141,7 +147,7 @@ class StoreValue(Message, frozen=True):
 
 # --------------------------------------------------------------------------- rank → agent
 class Ready(Message, frozen=True):
-    """A standby process waits for its order."""
+    """A standby process waits for its order, or (said again) has it."""
 
     pid: int
 
@@ -166,8 +172,9 @@ class Restored(Message, frozen=True):
 
 
 class StoreSet(Message, frozen=True):
-    """Put a value into the job's store."""
+    """Put a value into the job's store; answered once it is there."""
 
+    request_id: int
     key: str
     value: bytes
 
@@ -228,11 +235,13 @@ class AgentHello(Message, frozen=True):
         node_rank: which node it is; -1 leaves the choice to the controller.
         num_ranks: how many ranks it will run.
         host: name for messages.
+        token: a random word that all agents of one node have, one after the other; empty for one without successor.
     """
 
     node_rank: int
     num_ranks: int
     host: str
+    token: str = ""
 
 
 class AgentBeat(Message, frozen=True):
@@ -240,10 +249,17 @@ class AgentBeat(Message, frozen=True):
 
 
 class FromRank(Message, frozen=True):
-    """A rank's message that the agent passes on."""
+    """A rank's message that the agent passes on.
+
+    Attributes:
+        global_rank: whose.
+        message: what it said.
+        incarnation: which of the rank's processes said it.
+    """
 
     global_rank: int
     message: StoreSet | StoreGet | CheckpointSaved | PolicySet | Raised | Finished
+    incarnation: int = 0
 
 
 class RankAware(Message, frozen=True):
@@ -318,6 +334,10 @@ class Launch(Message, frozen=True):
     resume_checkpoint: str | None = None
 
 
+class WhoAreYou(Message, frozen=True):
+    """The controller does not know the sender, because it is new itself: say :class:`AgentHello` again."""
+
+
 class ToOneRank(Message, frozen=True):
     """Pass this on to one rank."""
 
@@ -348,7 +368,7 @@ class StopAll(Message, frozen=True):
 RankMessage: TypeAlias = (
     Ready | Hello | Report | Restored | StoreSet | StoreGet | CheckpointSaved | PolicySet | Raised | Finished
 )
-ToRank: TypeAlias = Order | Warm | QuorumChange | PlanReady | RecoveryRecord | AllFinished | StoreValue
+ToRank: TypeAlias = Order | Warm | Resync | QuorumChange | PlanReady | RecoveryRecord | AllFinished | StoreValue
 AgentMessage: TypeAlias = (
     AgentHello
     | AgentBeat
@@ -362,7 +382,17 @@ AgentMessage: TypeAlias = (
     | NodeIdle
 )
 ToAgent: TypeAlias = (
-    AgentBeat | Launch | QuorumChange | PlanReady | RecoveryRecord | AllFinished | ToOneRank | KillAll | StopAll
+    AgentBeat
+    | WhoAreYou
+    | Resync
+    | Launch
+    | QuorumChange
+    | PlanReady
+    | RecoveryRecord
+    | AllFinished
+    | ToOneRank
+    | KillAll
+    | StopAll
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,18 +2,22 @@
 
 Used by both ways in which a rank starts: forked from a standby process, or cold with
 ``python -m lightning_flashrl.supervisor.runner``. An exception that reaches the top is told to the agent before it
-ends the process; that is how a user's error is told from a machine's fault.
+ends the process; that is how a user's error is told from a machine's fault. The slot keeps it, for an agent that takes
+over from one that died with the report.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from lightning_flashrl.errors import SnapshotTooLargeError
+from lightning_flashrl.recovery.slot import RankSlot, Region, Word
 from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.channel import rank_channel
 from lightning_flashrl.supervisor.process import die_with_parent, let_workers_die_with_rank, let_workers_leave_no_files
@@ -45,6 +49,24 @@ def redirect_output(log_path: str | None) -> None:
             stream.reconfigure(line_buffering=True, write_through=False)  # under `python -u`, too
 
 
+@contextlib.contextmanager
+def own_slot() -> Iterator[RankSlot]:
+    """Map the slot of the rank that this process is, as its environment says."""
+    pairs = (pair.split(":") for pair in os.environ["FLASHRL_SLOT_FDS"].split(","))
+    fd = next(int(fd) for global_rank, fd in pairs if global_rank == os.environ["RANK"])
+    slot = RankSlot(fd, int(os.environ["FLASHRL_SLOT_REGION_BYTES"]))
+    try:
+        yield slot
+    finally:
+        slot.close()
+
+
+def write_name() -> None:
+    """Say in the slot which process has the seat, for an agent that does not know it from its beginning."""
+    with own_slot() as slot:
+        slot[Word.PID] = os.getpid()
+
+
 def run_program(argv: Sequence[str], *, is_module: bool) -> None:
     """Execute the program as ``__main__``, with its end reported."""
     main = types.ModuleType("__main__")
@@ -71,7 +93,7 @@ def run_reported(program: Callable[[], None]) -> None:
         _report_exit(error)
         raise
     except BaseException as error:
-        _report(protocol.Raised(_describe(error)))
+        report(protocol.Raised(_describe(error)))
         raise
 
 
@@ -126,18 +148,23 @@ def _report_exit(error: SystemExit) -> None:
     if error.code is None or error.code == 0:
         return
     exit_code = error.code & 0xFF if isinstance(error.code, int) else 1
-    _report(protocol.Raised(f"SystemExit: {error.code}\n", exit_code))
+    report(protocol.Raised(f"SystemExit: {error.code}\n", exit_code))
 
 
-def _report(message: protocol.Raised) -> None:
+def report(raised: protocol.Raised) -> None:
+    """Tell the agent of an exception. On return the message has left this process."""
     channel = rank_channel()
-    if channel is not None:
-        channel.send(protocol.encode(message))
+    if channel is not None and channel.is_own:
+        payload = protocol.encode(raised)
+        with own_slot() as slot, contextlib.suppress(SnapshotTooLargeError):
+            slot.write(Region.RAISED, [payload])
+        channel.send(payload)
 
 
 def main() -> None:
     """Become a rank: ``runner (-m module | script) args…`` or, with ``FLASHRL_NO_PYTHON``, any command."""
-    die_with_parent(int(os.environ["FLASHRL_AGENT_PID"]))
+    die_with_parent(int(os.environ["FLASHRL_ROOT_PID"]))
+    write_name()
     redirect_output(os.environ.get("FLASHRL_LOG_PATH"))
     argv = sys.argv[1:]
     if os.environ.get("FLASHRL_NO_PYTHON") == "1":

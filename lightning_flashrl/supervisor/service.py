@@ -1,9 +1,16 @@
-"""Carries the controller's decisions out: its socket, its log file, its lines on stderr."""
+"""Carries the controller's decisions out: its socket, its log file, its lines on stderr.
+
+What the controller is told goes into a chronicle before it takes effect anywhere: now and then the whole controller,
+then message by message. A successor in another process reads it, and is the same controller. What its predecessor
+decided and did not carry out any more is carried out when the agents, which it does not know yet, say hello again.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 import socket
+import struct
 from collections.abc import Callable
 
 import msgspec
@@ -14,6 +21,7 @@ from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
 from lightning_flashrl.supervisor import protocol
+from lightning_flashrl.supervisor.chronicle import Chronicle
 from lightning_flashrl.supervisor.controller import Action, Controller, JobSettings, JobState, Keep, Send, Tell
 
 LOCAL_ENDPOINT = "inproc://flashrl-controller"
@@ -21,6 +29,11 @@ LOCAL_ENDPOINT = "inproc://flashrl-controller"
 _TICK_S = 1.0
 _BACKLOG = 4096
 """Agents of a large job connect at the same moment."""
+_STRANGER = -1
+_HEARD = struct.Struct("<qq")
+"""When, and from which node (or :data:`_STRANGER`)."""
+_CHRONICLE_BYTES = 1 << 20
+"""A longer chronicle is begun anew."""
 
 
 def free_port() -> int:
@@ -42,6 +55,7 @@ class ControllerService:
         endpoint: ``tcp://…`` for agents of other nodes; needs ``keys``. ``None`` for a job on one node.
         keys: who may connect over TCP.
         log_dir: where ``recovery.jsonl`` is written.
+        chronicle: what a predecessor was told, if there was one, and where a successor reads what this one is told.
 
     Raises:
         ConfigurationError: the address is taken.
@@ -57,14 +71,21 @@ class ControllerService:
         endpoint: str | None = None,
         keys: JobKeys | None = None,
         log_dir: str | None = None,
+        chronicle: Chronicle | None = None,
     ) -> None:
-        self.controller = Controller(settings, free_port)
         self.num_undecodable = 0
         self._loop = loop
         self._tell = tell
         self._log_path = None if log_dir is None else os.path.join(log_dir, "recovery.jsonl")
-        if self._log_path is not None and os.path.exists(self._log_path):
-            os.remove(self._log_path)
+        self._chronicle = chronicle
+        records = [] if chronicle is None else chronicle.records()
+        if records:
+            self.controller = self._resume(records)
+        else:
+            self.controller = Controller(settings, free_port)
+            self._keep_whole()
+            if self._log_path is not None and os.path.exists(self._log_path):
+                os.remove(self._log_path)
         self._peers: dict[int, bytes] = {}
         self._nodes: dict[bytes, int] = {}
         self._door = None if keys is None else DoorKeeper(context, loop, keys)
@@ -86,6 +107,38 @@ class ControllerService:
         loop.add_reader(self._socket, self._on_readable)
         loop.call_every(_TICK_S, self._on_tick)
 
+    def _resume(self, records: list[bytes]) -> Controller:
+        """Tell a controller what its predecessor was told; write what that one had no time to write."""
+        controller: Controller = pickle.loads(records[0])  # our own memory, never the network
+        told: list[protocol.RecoveryRecord] = []
+        for record in records[1:]:
+            now_ns, node_rank = _HEARD.unpack_from(record)
+            message = protocol.decode_agent_message(record[_HEARD.size :])
+            if isinstance(message, protocol.AgentHello):
+                _, actions = controller.join(now_ns, message)
+            else:
+                actions = controller.handle(now_ns, node_rank, message)
+            told += [action.record for action in actions if isinstance(action, Keep)]
+        num_missing = controller.num_records - self._num_logged()
+        for told_record in told[len(told) - num_missing :] if 0 < num_missing <= len(told) else []:
+            self._keep(told_record)
+        return controller
+
+    def _num_logged(self) -> int:
+        """Recoveries that are in the log; a change of the supervisor, of which it also tells, replaced nobody."""
+        if self._log_path is None or not os.path.exists(self._log_path):
+            return 0
+        with open(self._log_path, "r+b") as file:
+            lines = file.readlines()
+            if lines and not lines[-1].endswith(b"\n"):  # the predecessor died while it wrote
+                file.truncate(file.tell() - len(lines.pop()))
+        return sum(bool(msgspec.json.decode(line)["lost"]) for line in lines)
+
+    def note_takeover(self, reason: str, duration_ms: float) -> None:
+        """Write to the log that this service took over from one that ended."""
+        quorum_id, stages = self.controller.quorum_id, {"total": round(duration_ms, 3)}
+        self._keep(protocol.RecoveryRecord(quorum_id, (), {}, {}, reason, stages, True, clock.wall_s()))
+
     @property
     def num_refused(self) -> int:
         """Strangers that the handshake turned away."""
@@ -104,7 +157,10 @@ class ControllerService:
             self._door.close()
 
     def _on_tick(self) -> None:
-        self._perform(self.controller.tick(clock.now_ns()))
+        state = self.controller.state
+        actions = self.controller.tick(clock.now_ns())
+        self._keep_whole_after(state)
+        self._perform(actions)
 
     def _on_readable(self) -> None:
         while True:
@@ -120,22 +176,48 @@ class ControllerService:
             except msgspec.MsgspecError:
                 self.num_undecodable += 1
                 continue
-            self._on_message(peer, message)
+            self._on_message(peer, message, payload)
 
-    def _on_message(self, peer: bytes, message: protocol.AgentMessage) -> None:
+    def _on_message(self, peer: bytes, message: protocol.AgentMessage, payload: bytes) -> None:
         now_ns = clock.now_ns()
-        if isinstance(message, protocol.AgentHello) and peer not in self._nodes:
+        state = self.controller.state
+        if isinstance(message, protocol.AgentHello):
+            self._write_down(now_ns, _STRANGER, payload)
             node_rank, actions = self.controller.join(now_ns, message)
             if node_rank < 0:
                 self._tell(f"a node offered itself as number {message.node_rank} ({message.host}) and was refused")
                 refusal = protocol.StopAll(1, 15, 0.0, "the job has all its nodes, or one of this rank already")
                 self._socket.send_multipart([peer, protocol.encode(refusal)])
                 return
+            self._nodes.pop(self._peers.get(node_rank, b""), None)
             self._peers[node_rank] = peer
             self._nodes[peer] = node_rank
-            self._perform(actions)
         elif peer in self._nodes:
-            self._perform(self.controller.handle(now_ns, self._nodes[peer], message))
+            if not isinstance(message, protocol.AgentBeat):
+                self._write_down(now_ns, self._nodes[peer], payload)
+            actions = self.controller.handle(now_ns, self._nodes[peer], message)
+        else:
+            self._socket.send_multipart([peer, protocol.encode(protocol.WhoAreYou())])
+            return
+        self._keep_whole_after(state)
+        self._perform(actions)
+
+    # ------------------------------------------------------------------ what a successor must know
+    def _write_down(self, now_ns: int, node_rank: int, payload: bytes) -> None:
+        if self._chronicle is not None:
+            self._chronicle.append(_HEARD.pack(now_ns, node_rank) + payload)
+
+    def _keep_whole(self) -> None:
+        if self._chronicle is not None:
+            self._chronicle.begin(pickle.dumps(self.controller))
+
+    def _keep_whole_after(self, state: JobState) -> None:
+        """Keep the controller itself when its state is another one, or the chronicle is long and nothing happens."""
+        if self._chronicle is None:
+            return
+        is_long = self._chronicle.size_bytes > _CHRONICLE_BYTES and not self.controller.is_recovering
+        if is_long or self.controller.state is not state:
+            self._keep_whole()
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
@@ -145,7 +227,8 @@ class ControllerService:
                     for peer in self._peers.values():
                         self._socket.send_multipart([peer, payload])
                 case Send(node_rank=int(node_rank), message=message):
-                    self._socket.send_multipart([self._peers[node_rank], protocol.encode(message)])
+                    if node_rank in self._peers:  # else its agent has yet to say hello, and is told then
+                        self._socket.send_multipart([self._peers[node_rank], protocol.encode(message)])
                 case Tell(text=text):
                     self._tell(text)
                 case Keep(record=record):

@@ -3,11 +3,11 @@
 ::
 
     agent ── fork, descriptor ──▶ standby ─fork─▶ helper ─fork─▶ rank-to-be ── Ready(pid) ──▶ agent
-    agent ── Order ──────────────────────────────────────────────▶ rank-to-be becomes the rank
+    agent ── Order ──────────────────────────────────────────────▶ rank-to-be becomes the rank ── Ready(pid) ──▶ agent
 
-The helper leaves at once, so that the kernel makes the new process a child of the agent (a subreaper): the agent waits
-for it directly, and the death of the standby does not touch any rank. The standby has one thread and never opens a
-device or a process group. Memory is shared until it is written. A waiting process
+The helper leaves at once, so that the kernel makes the new process a child of the root (a subreaper): the death of the
+standby, or of the agent, does not touch any rank. The standby has one thread and never opens a device or a process
+group. Memory is shared until it is written. A waiting process
 takes as much memory of its own as a rank holds, so that it need not take it when it becomes one.
 """
 
@@ -28,9 +28,11 @@ from lightning_flashrl.supervisor import protocol
 from lightning_flashrl.supervisor.allocator import WarmHeap
 from lightning_flashrl.supervisor.channel import RankChannel, adopt_channel
 from lightning_flashrl.supervisor.process import die_with_parent
-from lightning_flashrl.supervisor.runner import redirect_output, run_program
+from lightning_flashrl.supervisor.runner import redirect_output, run_program, write_name
 
 FORK = b"F"
+ASK = b"A"
+"""From an agent that does not know whether this one is ready."""
 READY = b"R"
 NOT_FORKABLE = b"T"
 """An import started a thread, or opened a device; a fork would lose the one and break the other."""
@@ -70,10 +72,13 @@ def look_fresh() -> None:
             torch.set_num_threads(num_wanted)
 
 
-def serve(control: socket.socket, agent_pid: int) -> RankChannel | None:
-    """Fork on demand. Returns in each forked process with its channel, and with ``None`` when the agent hangs up."""
+def serve(control: socket.socket, root_pid: int) -> RankChannel | None:
+    """Fork on demand. Returns in each forked process with its channel, and with ``None`` when nobody is left to ask."""
     while True:
         request, fds, _, _ = socket.recv_fds(control, 1, 1)
+        if request == ASK:
+            control.send(READY)
+            continue
         if request != FORK or not fds:
             return None
         helper_pid = os.fork()
@@ -85,7 +90,7 @@ def serve(control: socket.socket, agent_pid: int) -> RankChannel | None:
             os._exit(0)
         control.close()
         os.setsid()
-        die_with_parent(agent_pid)
+        die_with_parent(root_pid)
         return RankChannel(fds[0])
 
 
@@ -118,13 +123,15 @@ def take_seat(channel: RankChannel, order: protocol.Order) -> None:
     os.environ.update(order.environ)
     os.environ["FLASHRL_CONTROL_FD"] = str(channel.fileno())
     adopt_channel(channel)
+    write_name()
+    channel.send(protocol.encode(protocol.Ready(os.getpid())))
     redirect_output(order.log_path)
 
 
 def main() -> None:
     """Import, announce, fork; in a forked process, run the user's program."""
-    agent_pid = int(os.environ["FLASHRL_AGENT_PID"])
-    die_with_parent(agent_pid)
+    root_pid = int(os.environ["FLASHRL_ROOT_PID"])
+    die_with_parent(root_pid)
     control = socket.socket(fileno=int(os.environ["FLASHRL_STANDBY_FD"]))
     if not sys.flags.safe_path:
         sys.path[0] = os.environ["FLASHRL_PATH_ENTRY"]
@@ -136,7 +143,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     control.send(READY)
-    channel = serve(control, agent_pid)
+    channel = serve(control, root_pid)
     if channel is None:
         return
     channel.send(protocol.encode(protocol.Ready(os.getpid())))

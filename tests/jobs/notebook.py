@@ -142,6 +142,10 @@ def fit(
     return digest(name, model, trainer)
 
 
+def parent(pid: int | str) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+
+
 def kill_at_step(trainer: L.Trainer, rank: int, step: int) -> threading.Thread:
     """What a cell does: look at the ranks from a thread, and kill one."""
 
@@ -182,6 +186,29 @@ def killed_by_hand() -> Any:
     trainer.fit(model, loader(), loader())
     killer.join()
     return digest("killed_by_hand", model, trainer)
+
+
+def supervisor_killed() -> Any:
+    """The process that looks after the ranks is killed, and a rank with it."""
+    L.seed_everything(3, verbose=False)
+    model, trainer = Model(is_slow=True), make_trainer("supervisor_killed")
+
+    def look_and_kill() -> None:
+        strategy: Any = trainer.strategy
+        while not strategy.rank_pids() or strategy.heartbeats()[0].global_step < 3:
+            time.sleep(0.005)
+        victim = strategy.rank_pids()[1]
+        for name in Path("/proc").glob("[0-9]*/comm"):
+            with contextlib.suppress(OSError):
+                if name.read_text() == "flashrl-superv\n" and parent(name.parent.name) == parent(victim):
+                    os.kill(int(name.parent.name), signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=look_and_kill)
+    killer.start()
+    trainer.fit(model, loader(), loader())
+    killer.join()
+    return digest("supervisor_killed", model, trainer)
 
 
 def in_a_thread() -> Any:
@@ -317,15 +344,14 @@ def all_die() -> Any:
 
 
 def keeper_killed() -> Any:
-    """The one process whose loss ends the job."""
+    """The one process whose loss ends the job, besides the interpreter."""
     model, trainer = Model(is_slow=True), make_trainer("keeper_killed")
 
     def look_and_kill() -> None:
         strategy: Any = trainer.strategy
         while not strategy.rank_pids() or strategy.heartbeats()[0].global_step < 3:
             time.sleep(0.005)
-        stat = Path(f"/proc/{strategy.rank_pids()[0]}/stat").read_bytes()
-        os.kill(int(stat.rpartition(b")")[2].split()[1]), signal.SIGKILL)
+        os.kill(parent(strategy.rank_pids()[0]), signal.SIGKILL)
 
     threading.Thread(target=look_and_kill).start()
     try:

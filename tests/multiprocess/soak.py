@@ -29,6 +29,7 @@ from lightning_flashrl.recovery.slot import Heartbeat, RankSlot, RankState
 from lightning_flashrl.supervisor.environment import slot_region_bytes
 from lightning_flashrl.types import Phase
 from tests.multiprocess.harness import Run, environment, flash_command, read_digests
+from tests.processes import supervisor_of
 
 LENGTH = "--epochs 3 --batches 10"
 MANY = "--feature csv --feature batchnorm --feature endsync --feature gather --feature gradnorm --clip 1.0 --sanity 2"
@@ -56,6 +57,8 @@ CONFIGURATIONS = tuple(
 )
 """Ranks, updates of the whole job, then arguments of the job."""
 
+SUPERVISOR = -1
+"""In the place of a rank: strikes the process that looks after them."""
 TIMEOUT_S = 150.0
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segfault": signal.SIGSEGV}
 _PHASES = ["batch_start", "forward", "backward", "all_reduce", "commit", "optimizer_step", "batch_end", "checkpoint"]
@@ -98,9 +101,13 @@ class Draw:
         lines = [f"seed {self.seed}: {self.ranks} ranks, {shlex.join(self.arguments)}", *self.chaos]
         for bout in self.bouts:
             when = "from the start" if bout.step < 0 else f"from step {bout.step}"
-            told = [f"{s.how} rank {s.rank} after {s.delay_s * 1e3:.1f} ms" for s in bout.strikes]
+            told = [f"{s.how} {_whom(s.rank)} after {s.delay_s * 1e3:.1f} ms" for s in bout.strikes]
             lines.append(f"{when}: {', '.join(told)}")
         return "\n  ".join(lines)
+
+
+def _whom(rank: int) -> str:
+    return "the supervisor" if rank == SUPERVISOR else f"rank {rank}"
 
 
 def draw(seed: int) -> Draw:
@@ -129,7 +136,21 @@ def draw(seed: int) -> Draw:
             strikes.append(Strike(_other(rng, ranks, spared), _draw_signal(rng), delay_s))
         bouts.append(Bout(step, tuple(strikes)))
         num_faults -= size
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        _add_supervisor(rng, updates, bouts)
     return Draw(seed, ranks, (*LENGTH.split(), *arguments), tuple(chaos), tuple(bouts))
+
+
+def _add_supervisor(rng: random.Random, updates: int, bouts: list[Bout]) -> None:
+    """Strike the supervisor too: beside ranks, or in a bout of its own."""
+    strike = Strike(SUPERVISOR, rng.choice(["kill"] * 4 + ["stop"]), rng.choice((0.0, 0.001 * 1000 ** rng.random())))
+    index = rng.randrange(len(bouts) + 1)
+    if index == len(bouts):
+        bouts.append(Bout(rng.randrange(bouts[-1].step + 1 if bouts else 0, updates), (strike,)))
+    else:
+        bout = bouts[index]
+        place = rng.randrange(len(bout.strikes) + 1)
+        bouts[index] = Bout(bout.step, (*bout.strikes[:place], strike, *bout.strikes[place:]))
 
 
 def _other(rng: random.Random, ranks: int, spared: int) -> int:
@@ -167,18 +188,19 @@ class Outcome:
 
 
 class Assailant:
-    """Strikes the ranks of one running job, one look at a time.
+    """Strikes the ranks of one running job, and their supervisor, one look at a time.
 
     Args:
-        supervisor: process id of ``flashrun``.
+        root: process id of ``flashrun``.
         out: folder of the job.
         bouts: what to do.
         ranks: of the job.
     """
 
-    def __init__(self, supervisor: int, out: Path, bouts: tuple[Bout, ...], ranks: int) -> None:
+    def __init__(self, root: int, out: Path, bouts: tuple[Bout, ...], ranks: int) -> None:
         self.struck: list[str] = []
-        self._supervisor = supervisor
+        self._root = root
+        self._struck_supervisor: int | None = None
         self._out = out
         self._ranks = ranks
         self._slots: dict[int, RankSlot] = {}
@@ -199,8 +221,15 @@ class Assailant:
             self._strikes.extend(self._bouts.popleft().strikes)
             self._since = time.monotonic()
         strike = self._strikes[0]
+        if time.monotonic() - self._since < strike.delay_s:
+            return
+        if strike.rank == SUPERVISOR:
+            if self._strike_supervisor(strike, beats[0]):
+                self._strikes.popleft()
+                self._since = time.monotonic()
+            return
         beat = beats[strike.rank]
-        if time.monotonic() - self._since < strike.delay_s or beat.pid == 0:
+        if beat.pid == 0:
             return
         if self._gone.get(strike.rank, -1) >= beat.incarnation or len(list(self._out.glob("digest*"))) == self._ranks:
             return
@@ -244,9 +273,20 @@ class Assailant:
         )
         return True
 
+    def _strike_supervisor(self, strike: Strike, beat: Heartbeat) -> bool:
+        pid = supervisor_of(self._root)
+        if pid in (None, self._struck_supervisor):
+            return False
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, _SIGNALS[strike.how])
+        self._struck_supervisor = pid
+        self.struck.append(f"{strike.how} the supervisor at {Phase(beat.phase).name.lower()} of rank 0")
+        return True
+
     def _map_slots(self) -> bool:
-        """Find the memory files of the job's slots among the descriptors of its supervisor."""
-        folder = Path(f"/proc/{self._supervisor}/fd")
+        """Find the memory files of the job's slots among the descriptors of its root."""
+        folder = Path(f"/proc/{self._root}/fd")
         with contextlib.suppress(OSError):
             for entry in folder.iterdir():
                 found = re.fullmatch(r"/memfd:flashrl-rank(\d+) .*", os.readlink(entry))
@@ -317,9 +357,12 @@ def run_under_fire(draw: Draw, out: Path) -> Outcome:
     return Outcome(run, assailant.struck, losses, time.monotonic() - began)
 
 
-def _show_stacks(supervisor: int, pids: list[int]) -> None:
+def _show_stacks(root: int, pids: list[int]) -> None:
     """Let every rank write its stacks to its log, and end; the supervisor must not replace them meanwhile."""
-    os.kill(supervisor, signal.SIGSTOP)
+    os.kill(root, signal.SIGSTOP)  # first, so that nobody replaces the supervisor either
+    supervisor = supervisor_of(root)
+    if supervisor is not None:
+        os.kill(supervisor, signal.SIGSTOP)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGABRT)

@@ -56,6 +56,11 @@ def test_a_step_that_was_written_again_counts_once_when_it_was_first_there(tmp_p
     assert read_steps(path) == [Step(1, 5.0, 10.0), Step(2, 4.0, 11.0), Step(3, 3.0, 14.0)]
 
 
+def test_lines_about_supervisors_are_no_recoveries(tmp_path: Path) -> None:
+    path = write(tmp_path / "recovery.jsonl", RECORD, RECORD | {"lost": [], "reasons": {}, "donors": {}})
+    assert [found.lost for found in read_recoveries(path)] == [(1,)]
+
+
 def test_lines_that_a_killed_process_left_unfinished_are_passed_over(tmp_path: Path) -> None:
     path = write(tmp_path / "p", '{"step": 1, "lo{"step": 2, "loss": 4.0, "wall_s": 1.0}', "7", '{"step": 3', "")
     assert read_steps(path) == []

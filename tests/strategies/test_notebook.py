@@ -65,7 +65,8 @@ def run_cells(folder: Path, *cells: str, launcher: tuple[str, ...] = ()) -> tupl
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cells = ("plain", "stock", "scheduled", "at_the_end", "killed_by_hand", "in_a_thread", "after_thread_pools")
+    cells = ("plain", "stock", "scheduled", "at_the_end", "killed_by_hand", "supervisor_killed", "in_a_thread")
+    cells += ("after_thread_pools",)
     return run_cells(tmp_path_factory.mktemp("fits"), *cells)[0]
 
 
@@ -97,7 +98,7 @@ def test_progress_scores_and_log_folder_come_back_too(fits: dict[str, Any]) -> N
     assert set(plain["progress_bar_metrics"]) == {"loss_step", "loss_epoch"}
 
 
-@pytest.mark.parametrize("cell", ["scheduled", "at_the_end", "killed_by_hand", "in_a_thread"])
+@pytest.mark.parametrize("cell", ["scheduled", "at_the_end", "killed_by_hand", "supervisor_killed", "in_a_thread"])
 def test_the_same_comes_back_after_faults(fits: dict[str, Any], cell: str) -> None:
     assert fits[cell] == fits["plain"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from lightning_flashrl.errors import RankLostError
-from lightning_flashrl.messaging.frames import FrameChannel
+from lightning_flashrl.messaging.packets import PacketChannel, make_pair
 from lightning_flashrl.recovery.slot import RankSlot, Word
 from lightning_flashrl.supervisor import channel, protocol
 from lightning_flashrl.supervisor.client import RankClient
@@ -24,7 +23,7 @@ REGION_BYTES = 1 << 16
 class Rig:
     """A client and the other end of its channel."""
 
-    def __init__(self, client: RankClient, agent: FrameChannel) -> None:
+    def __init__(self, client: RankClient, agent: PacketChannel) -> None:
         self.client = client
         self.agent = agent
         self.events: list[object] = []
@@ -54,7 +53,7 @@ class Rig:
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    ours, theirs = socket.socketpair()
+    ours, theirs = make_pair()
     fds = [RankSlot.create(rank, REGION_BYTES) for rank in range(2)]
     environ = {
         "RANK": "5",
@@ -74,7 +73,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setattr(RankClient, "_of_process", None)
     client = RankClient.from_environ()
     assert client is not None
-    rig = Rig(client, FrameChannel(ours))
+    rig = Rig(client, PacketChannel(ours))
     yield rig
     client.close()
     rig.agent.close()

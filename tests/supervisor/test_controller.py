@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 
 import pytest
@@ -14,19 +15,29 @@ from lightning_flashrl.types import RankReport, ResumeKind, ResumePoint
 S = 10**9
 
 
+def choose_port() -> int:
+    return 1234
+
+
 class Bench:
     """A controller with its nodes; every call advances the clock by a millisecond."""
 
     def __init__(
-        self, ranks_per_node: tuple[int, ...] = (2, 2), *, uses_flash: bool = True, **settings: object
+        self,
+        ranks_per_node: tuple[int, ...] = (2, 2),
+        *,
+        uses_flash: bool = True,
+        tokens: tuple[str, ...] = ("", ""),
+        **settings: object,
     ) -> None:
         self.now_ns = S
         job = JobSettings(num_nodes=len(ranks_per_node), uses_flash=uses_flash, **settings)  # type: ignore[arg-type]
-        self.controller = Controller(job, choose_port=lambda: 1234)
+        self.controller = Controller(job, choose_port=choose_port)
         self.actions: list[Action] = []
-        for node_rank, num_ranks in enumerate(ranks_per_node):
+        self.incarnations: dict[int, int] = {}
+        for node_rank, (num_ranks, token) in enumerate(zip(ranks_per_node, tokens, strict=False)):
             _, actions = self.controller.join(
-                self.now_ns, protocol.AgentHello(node_rank, num_ranks, f"host{node_rank}")
+                self.now_ns, protocol.AgentHello(node_rank, num_ranks, f"host{node_rank}", token)
             )
             self.actions = actions
 
@@ -35,11 +46,16 @@ class Bench:
         return self.controller.handle(self.now_ns, node_rank, message)
 
     def fail(self, *ranks: int, **changes: object) -> list[Action]:
-        failures = [Failure(LostRank(rank, "killed by SIGKILL", 0), 137, **changes) for rank in ranks]  # type: ignore[arg-type]
+        failures = [
+            Failure(LostRank(rank, "killed by SIGKILL", 0, self.incarnations.get(rank, 0)), 137, **changes)  # type: ignore[arg-type]
+            for rank in ranks
+        ]
+        for rank in ranks:
+            self.incarnations[rank] = self.incarnations.get(rank, 0) + 1
         return self.handle(ranks[0] // 2, protocol.RanksFailed(tuple(failures)))
 
     def rank_says(self, rank: int, message: object) -> list[Action]:
-        return self.handle(rank // 2, protocol.FromRank(rank, message))  # type: ignore[arg-type]
+        return self.handle(rank // 2, protocol.FromRank(rank, message, self.incarnations.get(rank, 0)))  # type: ignore[arg-type]
 
     def report(self, *, lost: Iterable[int], quorum_id: int | None = None, node: int) -> list[Action]:
         quorum_id = self.controller.quorum_id if quorum_id is None else quorum_id
@@ -331,8 +347,11 @@ def test_a_program_is_known_by_its_ranks_hello() -> None:
 def test_a_value_is_pushed_to_who_waits_for_it() -> None:
     bench = Bench()
     assert bench.rank_says(3, protocol.StoreGet(9, "key")) == []
-    (answer,) = sent(bench.rank_says(0, protocol.StoreSet("key", b"value")), protocol.ToOneRank)
-    assert answer == Send(1, protocol.ToOneRank(3, protocol.StoreValue(9, b"value")))
+    answers = sent(bench.rank_says(0, protocol.StoreSet(5, "key", b"value")), protocol.ToOneRank)
+    assert answers == [
+        Send(1, protocol.ToOneRank(3, protocol.StoreValue(9, b"value"))),
+        Send(0, protocol.ToOneRank(0, protocol.StoreValue(5, b""))),
+    ]
     (answer,) = sent(bench.rank_says(0, protocol.StoreGet(1, "key")), protocol.ToOneRank)
     assert answer == Send(0, protocol.ToOneRank(0, protocol.StoreValue(1, b"value")))
 
@@ -340,11 +359,87 @@ def test_a_value_is_pushed_to_who_waits_for_it() -> None:
 def test_keys_of_old_quorums_vanish() -> None:
     bench = Bench()
     for key in ("q0/a", "q1/a", "q2/a", "quiet/a", "a"):
-        bench.rank_says(0, protocol.StoreSet(key, b"1"))
+        bench.rank_says(0, protocol.StoreSet(0, key, b"1"))
     bench.fail(1)
     bench.fail(1)
     there = [key for key in ("q0/a", "q1/a", "q2/a", "quiet/a", "a") if bench.rank_says(0, protocol.StoreGet(0, key))]
     assert there == ["q2/a", "quiet/a", "a"]
+
+
+# --------------------------------------------------------------------------- agents and controllers that take over
+def hello(node_rank: int, token: str) -> protocol.AgentHello:
+    return protocol.AgentHello(node_rank, 2, f"host{node_rank}", token)
+
+
+def test_an_agent_that_takes_over_is_told_how_things_stand() -> None:
+    bench = Bench(tokens=("a", "b"))
+    (launch,) = [send for send in sent(bench.actions, protocol.Launch) if send.node_rank == 1]
+    assert bench.controller.join(S, hello(1, "b")) == (1, [launch, Send(1, protocol.Resync())])
+    bench.fail(3)
+    for node in (0, 1):
+        actions = bench.report(lost=[3], node=node)
+    (plan,) = sent(actions, protocol.PlanReady)
+    change = protocol.QuorumChange(1, (LostRank(3, "killed by SIGKILL", 0),))
+    expected = [launch, Send(1, change), Send(1, plan.message), Send(1, protocol.Resync())]
+    assert bench.controller.join(S, hello(-1, "b")) == (1, expected)
+    assert bench.controller.join(S, hello(1, "c")) == (-1, [])
+
+
+def test_what_is_said_again_has_no_effect() -> None:
+    bench = Bench(tokens=("a", "b"))
+    bench.fail(3)
+    lost = Failure(LostRank(3, "killed by SIGKILL", 0), 137)
+    assert bench.handle(1, protocol.RanksFailed((lost,))) == []
+    assert bench.handle(1, protocol.FromRank(3, protocol.Raised("ValueError: of that process"), 0)) == []
+    (change,) = sent(bench.fail(3), protocol.QuorumChange)
+    assert change.message.lost == (LostRank(3, "killed by SIGKILL", 0, 1),)
+
+
+def test_an_agent_that_takes_over_while_the_job_ends_is_told_so() -> None:
+    bench = Bench(tokens=("a", "b"))
+    stop = sent(bench.handle(1, protocol.StopAsked(2)), protocol.StopAll)[0].message
+    assert bench.controller.join(S, hello(0, "a")) == (0, [Send(0, stop), Send(0, protocol.Resync())])
+
+
+def test_a_node_that_is_silent_at_the_end_is_not_waited_for() -> None:
+    bench = Bench()
+    bench.controller.tick(bench.now_ns)
+    bench.handle(1, protocol.StopAsked(2))
+    for _ in range(2):
+        bench.now_ns += 7 * S
+        bench.handle(0, protocol.AgentBeat())
+        bench.controller.tick(bench.now_ns)
+    bench.handle(0, protocol.NodeIdle())
+    assert bench.controller.state is JobState.STOPPING
+    bench.controller.tick(bench.now_ns + S)
+    assert bench.controller.state is JobState.DONE
+
+
+@pytest.mark.parametrize("where", [0, 1, 2, 3, 4])
+def test_a_controller_that_is_told_the_same_is_the_same(where: int) -> None:
+    bench = Bench(tokens=("a", "b"))
+    told: list[tuple[int, int, protocol.AgentMessage]] = []
+    handle = bench.controller.handle
+
+    def note(now_ns: int, node_rank: int, message: protocol.AgentMessage) -> list[Action]:
+        told.append((now_ns, node_rank, message))
+        return handle(now_ns, node_rank, message)
+
+    kept = pickle.dumps(bench.controller)
+    bench.controller.handle = note  # type: ignore[method-assign]
+    bench.fail(3)
+    bench.rank_says(0, protocol.StoreSet(0, "q1/a", b"1"))
+    bench.report(lost=[3], node=0)
+    bench.report(lost=[3], node=1)
+    bench.handle(0, protocol.NodeRestored(1, (0, 1), {"redo": 3.0}))
+    successor: Controller = pickle.loads(kept)
+    for now_ns, node_rank, message in told[:where]:
+        successor.handle(now_ns, node_rank, message)
+    successor = pickle.loads(pickle.dumps(successor))
+    for now_ns, node_rank, message in told[where:]:
+        successor.handle(now_ns, node_rank, message)
+    actions = successor.handle(bench.now_ns, 1, protocol.NodeRestored(1, (2, 3), {"redo": 5.0}))
+    assert [action.record.donors for action in actions if isinstance(action, Keep)] == [{3: 0}]
 
 
 # --------------------------------------------------------------------------- the end

@@ -14,6 +14,7 @@ from lightning_flashrl.supervisor.process import (
     ExitStatus,
     Process,
     become_subreaper,
+    bury,
     children,
     die_with_parent,
     open_thread,
@@ -39,7 +40,7 @@ def wait(process: Process) -> ExitStatus:
     ],
 )
 def test_the_end_of_a_process_is_told(code: str, text: str, shell_code: int) -> None:
-    process = spawn([sys.executable, "-c", code], dict(os.environ))
+    process = Process(spawn([sys.executable, "-c", code], dict(os.environ)))
     status = wait(process)
     assert (str(status), status.shell_code) == (text, shell_code)
     assert process.poll() == status
@@ -69,7 +70,7 @@ exec(sys.argv[2])
 def test_the_end_of_a_process_is_told_before_its_memory_is_gone(code: str, status: ExitStatus) -> None:
     read, write = os.pipe()
     command = [sys.executable, "-c", _ENDS_WITH_MEMORY, str(write), code]
-    process = spawn(command, dict(os.environ), (write,))
+    process = Process(spawn(command, dict(os.environ), (write,)))
     os.close(write)
     thread = open_thread(int(os.read(read, 20)))
     os.close(read)
@@ -86,7 +87,7 @@ def test_the_end_of_a_process_is_told_before_its_memory_is_gone(code: str, statu
 
 
 def test_a_stopped_process_is_seen() -> None:
-    process = spawn(["sleep", "100"], dict(os.environ))
+    process = Process(spawn(["sleep", "100"], dict(os.environ)))
     assert process.poll() is None
     assert not process.is_stopped()
     process.send_signal(signal.SIGSTOP)
@@ -102,9 +103,11 @@ def test_a_stopped_process_is_seen() -> None:
 def test_what_a_process_leaves_behind_ends_with_it() -> None:
     become_subreaper()
     others = set(children())  # helpers of multiprocessing live as long as we do
-    process = spawn(["sh", "-c", "sleep 100 & sleep 100 & exit 0"], dict(os.environ))
+    process = Process(spawn(["sh", "-c", "sleep 100 & sleep 100 & exit 0"], dict(os.environ)))
     select.select([process.pidfd], [], [], 10)
-    assert process.poll(kill_group=True) == ExitStatus(0, is_signal=False)
+    assert bury(process.pid) == ExitStatus(0, is_signal=False)
+    assert bury(process.pid) is None
+    os.close(process.pidfd)
     deadline = time.monotonic() + 5
     while any(process_state(pid) != "Z" for pid in set(children()) - others) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -113,7 +116,7 @@ def test_what_a_process_leaves_behind_ends_with_it() -> None:
 
 
 def test_reaping_leaves_known_children_alone() -> None:
-    process = spawn(["true"], dict(os.environ))
+    process = Process(spawn(["true"], dict(os.environ)))
     select.select([process.pidfd], [], [], 10)
     reap_strangers({process.pid})
     assert wait(process) == ExitStatus(0, is_signal=False)
@@ -143,7 +146,7 @@ def test_a_child_dies_with_its_parent() -> None:
 
 def test_a_descriptor_is_inherited_only_by_the_one_process() -> None:
     read, write = os.pipe()
-    process = spawn([sys.executable, "-c", f"import os; os.write({write}, b'hi')"], dict(os.environ), (write,))
+    process = Process(spawn([sys.executable, "-c", f"import os; os.write({write}, b'hi')"], dict(os.environ), (write,)))
     assert os.read(read, 8) == b"hi"
     assert not os.get_inheritable(write)
     assert wait(process) == ExitStatus(0, is_signal=False)

@@ -149,7 +149,7 @@ def test_messages_that_do_not_decode_are_dropped_and_counted(door: Door) -> None
 
 
 def test_who_did_not_join_is_not_heard(door: Door) -> None:
-    assert door.ask(door.client(KEYS), protocol.encode(protocol.StopAsked(2))) is None
+    assert door.ask(door.client(KEYS), protocol.encode(protocol.StopAsked(2))) == protocol.encode(protocol.WhoAreYou())
     assert is_alive(door)
 
 

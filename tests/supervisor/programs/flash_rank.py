@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+from kill_supervisor import kill_supervisor
+
 from lightning_flashrl.recovery.slot import RankState, Word
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.protocol import QuorumChange, RecoveryRecord
@@ -48,6 +50,7 @@ class FakeTraining:
 
     def on_plan(self, plan: RecoveryPlan) -> None:
         rank = self.client.global_rank
+        self.strike("plan", str(plan.quorum_id))
         for newcomer, donor in plan.donors.items():
             entry = plan.entries[newcomer]
             if donor == rank and entry is not None:
@@ -57,6 +60,7 @@ class FakeTraining:
             self.has_plan.set()
         else:
             self.client.send_restored(plan.quorum_id, {"redo": 1.0 + rank})
+            self.strike("restored", str(plan.quorum_id))
 
     def on_event(self, record: RecoveryRecord) -> None:
         print(f"record {record.quorum_id} {record.is_complete}", flush=True)
@@ -95,6 +99,7 @@ class FakeTraining:
             self.step()
         client.slot[Word.STATE] = RankState.FINISHED
         client.finish()
+        self.strike("finished")
         assert client.wait_all_finished(20.0)
         print(f"final {client.global_rank} {self.totals[-1]}", flush=True)
         if any(fault[1] == "after" for fault in self.faults if fault[0] == str(client.global_rank)):
@@ -127,8 +132,8 @@ def strike(how: str) -> None:
             time.sleep(1000)
         case "gil":
             ctypes.PyDLL("libc.so.6").sleep(1000)  # keeps the GIL
-        case "standby":
-            os.kill(int(os.environ["VICTIM"]), signal.SIGKILL)
+        case "supervisor":
+            kill_supervisor()
         case name:
             os.kill(os.getpid(), signal.Signals[name])
 

@@ -22,6 +22,17 @@ def main() -> None:
         case "lines":
             for number in range(300):
                 print(f"line {number} of rank {rank}")
+        case "chat":
+            for number in range(1000):
+                print(f"line {number} of rank {rank}")
+                time.sleep(0.001)
+        case "supervisor-and-exit":
+            if restart == "0":
+                from kill_supervisor import kill_supervisor
+
+                kill_supervisor()
+                os._exit(int(rank))
+            print(f"done {rank} {restart}", flush=True)
         case "arguments":
             print(json.dumps({"argv": sys.argv, "name": __name__, "path": sys.path[0], "file": __file__}), flush=True)
         case "exit":
