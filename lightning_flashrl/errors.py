@@ -20,6 +20,7 @@
     │   ├── UnknownRowError (LookupError)
     │   └── RewardError
     ├── FatalError                           stop the run, keep the evidence
+    │   ├── JournalError
     │   ├── NoDonorError
     │   ├── RecoveryBudgetExhaustedError
     │   ├── ReplayMismatchError
