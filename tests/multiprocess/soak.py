@@ -146,7 +146,8 @@ def _add_supervisor(rng: random.Random, updates: int, bouts: list[Bout]) -> None
     strike = Strike(SUPERVISOR, rng.choice(["kill"] * 4 + ["stop"]), rng.choice((0.0, 0.001 * 1000 ** rng.random())))
     index = rng.randrange(len(bouts) + 1)
     if index == len(bouts):
-        bouts.append(Bout(rng.randrange(bouts[-1].step + 1 if bouts else 0, updates), (strike,)))
+        after = bouts[-1].step + 1 if bouts else 0
+        bouts.append(Bout(rng.randrange(min(after, updates - 1), updates), (strike,)))
     else:
         bout = bouts[index]
         place = rng.randrange(len(bout.strikes) + 1)
