@@ -30,7 +30,7 @@ from lightning_flashrl.errors import (
     LeaseTimeoutError,
     QueueFullError,
 )
-from lightning_flashrl.streaming.ledger import LeaseRecord, Ledger, Pool, Task, TaskStatistics, Written
+from lightning_flashrl.streaming.ledger import LeaseRecord, Ledger, Origin, Pool, Task, TaskStatistics, Written
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand, Sampler
 from lightning_flashrl.streaming.schema import Schema
@@ -94,6 +94,7 @@ class LeaseRequest:
         owner: who asks.
         timeout_s: how long the lease lasts without being renewed.
         sampler: another one than the task's, or the name under which the queue knows it.
+        origin: who asks, and the number of the request; ``None`` if it is never asked again.
     """
 
     task: str
@@ -102,6 +103,7 @@ class LeaseRequest:
     owner: str
     timeout_s: float
     sampler: Sampler | str | None = None
+    origin: Origin = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,7 @@ class Control:
         rows: Rows | None,
         on_done: Callable[[Ticket], None],
         lease: tuple[int, str, str] | None = None,
+        origin: Origin = None,
     ) -> Ticket:
         """Make fields visible; new rows wait for room. The answer is the rows.
 
@@ -288,24 +291,27 @@ class Control:
             written: the fields.
             rows: of which rows; ``None`` for new ones.
             on_done: called once, perhaps at once.
-            lease: its id, task and owner: its rows that are written are committed with it, or nothing is done.
+            lease: its id, task and owner: its rows that are written are committed with it, or nothing is done. Not for
+                new rows.
+            origin: who asks, and the number of the request.
 
         Raises:
             ConfigurationError: more than the bounds, so that it would wait for ever.
         """
+        assert lease is None or rows is not None
         num_rows = 0 if rows is not None else len(written[0].lengths)
         num_bytes = sum(int(column.lengths.sum()) * self.schema[column.field].entry_bytes for column in written)
 
         def attempt() -> Rows | None:
             ledger, now_s = self.ledger, self._now_s()
-            if lease is not None:
-                ledger.check_lease(now_s, *lease, rows)
+            if lease is not None and rows is not None:
+                ledger.put_and_commit(now_s, written, rows, *lease, origin)
+                self._count(written)
+                return rows
             if rows is None and not ledger.is_closed and not self._has_room(num_rows, num_bytes):
                 return None
-            taken = ledger.put(written, rows)
+            taken = ledger.put(written, rows, origin)
             self._count(written)
-            if lease is not None:
-                ledger.commit(now_s, *lease, rows)
             return taken
 
         with self._acting():
@@ -318,10 +324,16 @@ class Control:
                 self._puts.serve()
             return ticket
 
-    def restore(self, rows: Rows, written: Sequence[Written], committed: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+    def restore(
+        self,
+        rows: Rows,
+        written: Sequence[Written],
+        committed: Mapping[str, npt.NDArray[np.bool_]],
+        leased: Mapping[str, npt.NDArray[np.bool_]],
+    ) -> None:
         """Take rows of an earlier queue; see :meth:`Ledger.restore`."""
         with self._acting():
-            self.ledger.restore(rows, written, committed)
+            self.ledger.restore(rows, written, committed, leased)
             self._count(written)
 
     def _check_fits(self, num_rows: int, num_bytes: int) -> None:
@@ -357,7 +369,9 @@ class Control:
             fields = self.ledger.wanted_fields(request.task, request.fields)
 
             def attempt() -> Grant | None:
-                taken = self.ledger.lease(self._now_s(), pool, request.demand, fields, request.owner, request.timeout_s)
+                taken = self.ledger.lease(
+                    self._now_s(), pool, request.demand, fields, request.owner, request.timeout_s, request.origin
+                )
                 return None if taken is None else Grant(*taken)
 
             ticket = Ticket(attempt, on_done, request.demand.replica_rank)
@@ -397,7 +411,13 @@ class Control:
                     return True
             return False
 
-    def commit(self, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+    def lease_again(self, lease_id: int, owner: str) -> Grant | None:
+        """Say again what a lease brought; ``None`` if it is over."""
+        with self.lock:
+            found = self.ledger.lease_again(lease_id, owner)
+            return None if found is None else Grant(*found)
+
+    def commit(self, lease_id: int, task: str, owner: str, rows: Rows | None = None, origin: Origin = None) -> None:
         """End a lease, or a part of it: its rows are done for this task.
 
         Raises:
@@ -405,9 +425,9 @@ class Control:
             DuplicateRowError: a row twice.
         """
         with self._acting():
-            self.ledger.commit(self._now_s(), lease_id, task, owner, rows)
+            self.ledger.commit(self._now_s(), lease_id, task, owner, rows, origin)
 
-    def release(self, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+    def release(self, lease_id: int, task: str, owner: str, rows: Rows | None = None, origin: Origin = None) -> None:
         """Give a lease's rows, or some of them, back.
 
         Raises:
@@ -415,7 +435,7 @@ class Control:
             DuplicateRowError: a row twice.
         """
         with self._acting():
-            self.ledger.release(self._now_s(), lease_id, task, owner, rows)
+            self.ledger.release(self._now_s(), lease_id, task, owner, rows, origin)
 
     def renew(self, lease_id: int, task: str, owner: str) -> float:
         """Begin a lease's time anew; return its new deadline.
@@ -426,7 +446,7 @@ class Control:
         with self._acting():
             return self.ledger.renew(self._now_s(), lease_id, task, owner)
 
-    def clear(self, rows: Rows | None) -> None:
+    def clear(self, rows: Rows | None, origin: Origin = None) -> None:
         """Forget rows; ``None`` for all.
 
         Raises:
@@ -434,7 +454,7 @@ class Control:
             UnknownRowError: a row is not in the queue.
         """
         with self._acting():
-            self.ledger.clear(rows)
+            self.ledger.clear(rows, origin)
 
     def refresh(self, task: str) -> None:
         """Look at a task's rows again: what its sampler decides by has changed outside of the queue.
@@ -447,6 +467,25 @@ class Control:
                 self.ledger.drain(pool)
                 if pool in self._lines:
                     self._serve(pool)
+
+    def tagged(self, field: str, tasks: Sequence[str]) -> tuple[dict[int, Any], dict[str, set[int]]]:
+        """Return a field's value of each row that has it, and which of these rows each task has not committed.
+
+        Args:
+            field: one number a row.
+            tasks: their names.
+        """
+        values: dict[int, Any] = {}
+        is_open: dict[str, set[int]] = {task: set() for task in tasks}
+        with self.lock:
+            for rows, written, committed in self.ledger.contents():
+                tags = next((column.tags for column in written if column.field == field), None)
+                if tags is None:
+                    continue
+                values.update(zip(rows.tolist(), tags.tolist(), strict=True))
+                for task in tasks:
+                    is_open[task].update(rows[~committed[task]].tolist())
+        return values, is_open
 
     def close(self) -> None:
         """No more rows will come: waiting producers are refused, consumers get what is left, then the end."""

@@ -9,7 +9,7 @@ answered is there, and one that could not be written did not happen. What the pr
 kernel has it. Against the loss of the machine nothing is synchronized.
 
 The last record may be cut short, if the process died while it wrote: it is left out, nobody was told of it. Anything
-else that does not fit is damage, and said. Leases are not written down; their rows go to others.
+else that does not fit is damage, and said.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import IO, TypeAlias
 import msgspec
 
 from lightning_flashrl.errors import ConfigurationError, JournalError
+from lightning_flashrl.streaming.ledger import Origin
 
-_MAGIC = b"flashrl queue journal 1\n"
+_MAGIC = b"flashrl queue journal 2\n"
 _FRAME = struct.Struct("<III")
 
 
@@ -52,10 +53,39 @@ class FieldData(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Put(_Record, frozen=True):
-    """Fields were written. Rows are int64; those that are not known yet are new."""
+    """Fields were written. Rows are int64; those that are not known yet are new.
+
+    Attributes:
+        rows: which.
+        fields: what.
+        origin: who asked for it, and the number of the request.
+        done_by: the task that was done with these rows in the same instant.
+    """
 
     rows: bytes
     fields: tuple[FieldData, ...]
+    origin: Origin = None
+    done_by: str | None = None
+
+
+class Leased(_Record, frozen=True):
+    """Rows were leased; see :class:`~lightning_flashrl.streaming.ledger.LeaseRecord`."""
+
+    lease_id: int
+    task: str
+    owner: str
+    rows: bytes
+    fields: tuple[str, ...]
+    timeout_s: float
+    origin: Origin = None
+
+
+class Released(_Record, frozen=True):
+    """Rows are no longer leased for a task."""
+
+    task: str
+    rows: bytes
+    origin: Origin = None
 
 
 class Commit(_Record, frozen=True):
@@ -63,6 +93,7 @@ class Commit(_Record, frozen=True):
 
     task: str
     rows: bytes
+    origin: Origin = None
     is_stale: bool = False
 
 
@@ -70,6 +101,23 @@ class Clear(_Record, frozen=True):
     """Rows were forgotten."""
 
     rows: bytes
+    origin: Origin = None
+
+
+class Answered(_Record, frozen=True):
+    """What a request was answered, of which nothing else is left here.
+
+    Attributes:
+        owner: who asked.
+        number: of the request.
+        rows: that it put.
+        lease_id: that it got; 0 for none.
+    """
+
+    owner: str
+    number: int
+    rows: bytes
+    lease_id: int
 
 
 class Close(_Record, frozen=True):
@@ -80,27 +128,31 @@ class Totals(_Record, frozen=True):
     """What had passed when the file was written anew: it counts, whatever stands before it.
 
     Attributes:
+        queue_id: by which a client knows the queue again.
         next_row: number of the next new row.
         num_put: rows put.
         num_cleared: rows gone.
         num_committed: rows that each task has committed.
         num_stale: rows that each task's sampler has found too old.
+        num_dropped: rows that were cleared before each task had committed them.
     """
 
+    queue_id: str
     next_row: int
     num_put: int
     num_cleared: int
     num_committed: dict[str, int]
     num_stale: dict[str, int]
+    num_dropped: dict[str, int]
 
 
 class Note(_Record, frozen=True):
-    """What the application has to say, in its order among the changes of rows."""
+    """What the application has to say. The last one counts."""
 
     payload: bytes
 
 
-Record: TypeAlias = Put | Commit | Clear | Close | Totals | Note
+Record: TypeAlias = Put | Leased | Released | Commit | Clear | Answered | Close | Totals | Note
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -260,6 +312,11 @@ class Journal:
     def close(self) -> None:
         """Let go of the file, which stays."""
         os.close(self._fd)
+
+
+def whole(header: Header, records: Iterable[Record]) -> bytes:
+    """Return a journal that holds these records."""
+    return b"".join([_head(header), *map(_framed, records)])
 
 
 def _head(header: Header) -> bytes:

@@ -18,7 +18,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -78,16 +78,26 @@ class Written:
     tags: npt.NDArray[Any] | None = None
 
 
+Origin: TypeAlias = tuple[str, int] | None
+"""Who asked for a change, and the number of the request: one that is asked twice is done once. ``None`` for nobody."""
+
+
 class Log(Protocol):
     """Is told of each change of rows before it is made, and may refuse it by raising."""
 
-    def put(self, rows: Rows, written: Sequence[Written]) -> None:
-        """Fields become visible; rows that are not known yet are new."""
+    def put(self, rows: Rows, written: Sequence[Written], origin: Origin, *, done_by: str | None) -> None:
+        """Fields become visible; rows that are not known yet are new. A task may be done with them in that instant."""
 
-    def commit(self, task: str, rows: Rows, *, is_stale: bool) -> None:
+    def lease(self, lease: LeaseRecord, origin: Origin) -> None:
+        """Rows are leased, also those that another lease of the task had."""
+
+    def release(self, task: str, rows: Rows, origin: Origin) -> None:
+        """Rows are no longer leased for a task."""
+
+    def commit(self, task: str, rows: Rows, origin: Origin, *, is_stale: bool) -> None:
         """A task is done with rows."""
 
-    def clear(self, rows: Rows) -> None:
+    def clear(self, rows: Rows, origin: Origin) -> None:
         """Rows are forgotten."""
 
     def close(self) -> None:
@@ -132,6 +142,7 @@ class TaskStatistics:
         num_redelivered: rows that came back from leases.
         num_expired: leases that ran out.
         num_stale: rows that the sampler found too old.
+        num_dropped: rows that were cleared before the task had committed them.
     """
 
     num_ready: int = 0
@@ -141,6 +152,7 @@ class TaskStatistics:
     num_redelivered: int = 0
     num_expired: int = 0
     num_stale: int = 0
+    num_dropped: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -248,12 +260,21 @@ class Ledger:
         """Rows in the queue."""
         return self._table.num_rows
 
-    def put(self, written: Sequence[Written], rows: Rows | None = None) -> Rows:
+    def put(
+        self,
+        written: Sequence[Written],
+        rows: Rows | None = None,
+        origin: Origin = None,
+        *,
+        done_by: str | None = None,
+    ) -> Rows:
         """Make fields visible, all at once.
 
         Args:
             written: the fields, each of as many rows.
             rows: ``[N]``; ``None`` for new rows.
+            origin: whose request it is.
+            done_by: the task that commits these rows in the same instant, for the log.
 
         Returns:
             The rows.
@@ -268,7 +289,8 @@ class Ledger:
             if self.is_closed:
                 raise QueueClosedError
             if self.log is not None:
-                self.log.put(self._table.upcoming(len(written[0].lengths)), written)
+                upcoming = self._table.upcoming(len(written[0].lengths))
+                self.log.put(upcoming, written, origin, done_by=done_by)
             rows = self._table.append(len(written[0].lengths))
             self.num_put += len(rows)
             for state in self._tasks.values():
@@ -277,7 +299,7 @@ class Ledger:
         else:
             cells = self._check_rows(rows, mask)
             if self.log is not None:
-                self.log.put(rows, written)
+                self.log.put(rows, written, origin, done_by=done_by)
         for column in written:
             index = self._column[column.field]
             cells[:, _PLACES + index] = column.places
@@ -343,7 +365,14 @@ class Ledger:
         return pool
 
     def lease(
-        self, now_s: float, pool: Pool, demand: Demand, fields: tuple[str, ...], owner: str, timeout_s: float
+        self,
+        now_s: float,
+        pool: Pool,
+        demand: Demand,
+        fields: tuple[str, ...],
+        owner: str,
+        timeout_s: float,
+        origin: Origin = None,
     ) -> tuple[LeaseRecord, list[Written]] | None:
         """Lease rows from a pool, and say where they lie; ``None`` if the demand cannot be met yet.
 
@@ -369,25 +398,45 @@ class Ledger:
         except Exception as error:  # noqa: BLE001 - the user's own class
             pool.failure = error
         pool.check()
-        self.drain(pool)
+        lease = LeaseRecord(secrets.randbits(63), pool.task, owner, taken, fields, timeout_s, now_s + timeout_s)
+        try:
+            self.drain(pool)
+            if len(taken) and self.log is not None:
+                self.log.lease(lease, origin)
+        except BaseException:
+            if len(taken):
+                self._add(taken, self._cells[taken], pool)
+            raise
         if not len(taken):
             if self.is_closed and not state.counts.num_open:
                 raise EndOfStream(pool.task)
             return None
         self._take_over(state, taken)
         self._discard(state, taken, pool)
-        lease = LeaseRecord(secrets.randbits(63), pool.task, owner, taken, fields, timeout_s, now_s + timeout_s)
-        self._leases[lease.lease_id] = lease
         cells = self._cells[taken]
         cells[:, _LEASED] |= state.bit
         self._cells[taken] = cells
-        state.counts.num_leased += len(taken)
+        self._begin_lease(lease)
+        return lease, self._located(cells, fields)
+
+    def _begin_lease(self, lease: LeaseRecord) -> None:
+        self._leases[lease.lease_id] = lease
+        self._tasks[lease.task].counts.num_leased += len(lease.rows)
         heapq.heappush(self._deadlines, (lease.deadline_s, lease.lease_id))
+
+    def _located(self, cells: npt.NDArray[np.int64], fields: Sequence[str]) -> list[Written]:
         located = []
         for name in fields:
             index = _PLACES + self._column[name]
             located.append(Written(name, cells[:, index], cells[:, index + len(self._column)]))
-        return lease, located
+        return located
+
+    def lease_again(self, lease_id: int, owner: str) -> tuple[LeaseRecord, list[Written]] | None:
+        """Say again what a lease brought, to who did not hear the answer; ``None`` if it is over."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.owner != owner or self._held.keys() & set(lease.rows.tolist()):
+            return None
+        return lease, self._located(self._cells[lease.rows], lease.fields)
 
     def drain(self, pool: Pool) -> None:
         """Be done with rows of which a sampler says so."""
@@ -457,7 +506,9 @@ class Ledger:
                 )
         return lease
 
-    def commit(self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+    def commit(
+        self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None, origin: Origin = None
+    ) -> None:
         """Say that a lease's rows, or some of them, are done: the task never sees them again.
 
         Raises:
@@ -465,7 +516,31 @@ class Ledger:
             DuplicateRowError: a row twice.
         """
         lease = self.check_lease(now_s, lease_id, task, owner, rows)
-        self._log_commit(task, lease.rows if rows is None else rows)
+        self._log_commit(task, lease.rows if rows is None else rows, origin)
+        self._commit_lease(lease, rows)
+
+    def put_and_commit(
+        self,
+        now_s: float,
+        written: Sequence[Written],
+        rows: Rows,
+        lease_id: int,
+        task: str,
+        owner: str,
+        origin: Origin = None,
+    ) -> None:
+        """Write fields of a lease's rows and be done with these rows, in one instant; or do nothing.
+
+        Raises:
+            LeaseLostError: the lease is not alive, belongs to somebody else, or does not have a row.
+            DuplicateRowError: a row twice, or a field that it has already.
+            UnknownRowError: a row does not exist.
+        """
+        lease = self.check_lease(now_s, lease_id, task, owner, rows)
+        self.put(written, rows, origin, done_by=task)
+        self._commit_lease(lease, rows)
+
+    def _commit_lease(self, lease: LeaseRecord, rows: Rows | None) -> None:
         rows, cells = self._end(lease, "was committed before", rows)
         state = self._tasks[lease.task]
         state.counts.num_committed += len(rows)
@@ -475,14 +550,16 @@ class Ledger:
             ]
         self._commit_rows(state, rows, cells)
 
-    def release(self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None) -> None:
+    def release(
+        self, now_s: float, lease_id: int, task: str, owner: str, rows: Rows | None = None, origin: Origin = None
+    ) -> None:
         """Give a lease's rows, or some of them, back, to be leased again.
 
         Raises:
             LeaseLostError: the lease is not alive, belongs to somebody else, or does not have a row.
             DuplicateRowError: a row twice.
         """
-        self._give_back(self.check_lease(now_s, lease_id, task, owner, rows), "was released before", rows)
+        self._give_back(self.check_lease(now_s, lease_id, task, owner, rows), "was released before", rows, origin)
 
     def renew(self, now_s: float, lease_id: int, task: str, owner: str) -> float:
         """Begin a lease's time anew and return its new deadline.
@@ -518,7 +595,9 @@ class Ledger:
         for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
             self._give_back(lease, "was given back, because its owner was gone")
 
-    def _give_back(self, lease: LeaseRecord, why: str, some: Rows | None = None) -> None:
+    def _give_back(self, lease: LeaseRecord, why: str, some: Rows | None = None, origin: Origin = None) -> None:
+        if self.log is not None:
+            self.log.release(lease.task, lease.rows if some is None else some, origin)
         rows, cells = self._end(lease, why, some)
         self._cells[rows] = cells
         state = self._tasks[lease.task]
@@ -559,9 +638,9 @@ class Ledger:
         cells[:, _LEASED] &= ~self._tasks[lease.task].bit
         return rows, cells
 
-    def _log_commit(self, task: str, rows: Rows, *, is_stale: bool = False) -> None:
+    def _log_commit(self, task: str, rows: Rows, origin: Origin = None, *, is_stale: bool = False) -> None:
         if self.log is not None:
-            self.log.commit(task, rows, is_stale=is_stale)
+            self.log.commit(task, rows, origin, is_stale=is_stale)
 
     def _commit_rows(self, state: _TaskState, rows: Rows, cells: npt.NDArray[np.int64]) -> None:
         cells[:, _COMMITTED] |= state.bit
@@ -577,11 +656,12 @@ class Ledger:
                 self._remove(rows[is_done], cells[is_done])
 
     # ------------------------------------------------------------------ rows go
-    def clear(self, rows: Rows | None = None) -> None:
+    def clear(self, rows: Rows | None = None, origin: Origin = None) -> None:
         """Forget rows, whoever has not seen them yet.
 
         Args:
             rows: which; ``None`` for all.
+            origin: whose request it is.
 
         Raises:
             DuplicateRowError: a row twice.
@@ -591,13 +671,14 @@ class Ledger:
             rows = self._table.all_rows()
         cells = self._check_rows(rows, 0)
         if self.log is not None:
-            self.log.clear(rows)
+            self.log.clear(rows, origin)
         if cells[:, _LEASED].any():
             for lease in self._leases.values():
                 self._tasks[lease.task].counts.num_leased -= int(np.isin(lease.rows, rows).sum())
         for state in self._tasks.values():
             is_unseen = (cells[:, _COMMITTED] & state.bit) == 0
             state.counts.num_open -= int(is_unseen.sum())
+            state.counts.num_dropped += int(is_unseen.sum())
             if is_unseen.any():
                 for pool in state.pools:
                     self._filled[pool] = None  # a group may be complete without them; fewer rows may be the last
@@ -643,13 +724,20 @@ class Ledger:
         self.num_cleared += len(rows)
 
     # ------------------------------------------------------------------ a queue that goes on
-    def restore(self, rows: Rows, written: Sequence[Written], committed: Mapping[str, npt.NDArray[np.bool_]]) -> None:
+    def restore(
+        self,
+        rows: Rows,
+        written: Sequence[Written],
+        committed: Mapping[str, npt.NDArray[np.bool_]],
+        leased: Mapping[str, npt.NDArray[np.bool_]],
+    ) -> None:
         """Take rows of an earlier queue, under their numbers.
 
         Args:
             rows: ``[N]`` ascending, and beyond all that are there.
             written: their fields.
             committed: ``[N]`` for each task, whether it is done with them.
+            leased: ``[N]`` for each task, whether a lease has them that :meth:`restore_lease` brings later.
         """
         self._table.restore(rows)
         cells = np.zeros((len(rows), _PLACES + 2 * len(self._column)), np.int64)
@@ -658,11 +746,23 @@ class Ledger:
             state = self._tasks[name]
             cells[is_done, _COMMITTED] |= state.bit
             state.counts.num_open += int((~is_done).sum())
+        for name, is_leased in leased.items():
+            cells[is_leased, _LEASED] |= self._tasks[name].bit
         self._cells[rows] = cells
         self.put(written, rows)
 
+    def restore_lease(self, lease: LeaseRecord) -> None:
+        """Take a lease of an earlier queue, on rows that are here."""
+        self._begin_lease(lease)
+
     def restore_totals(
-        self, next_row: int, num_put: int, num_cleared: int, committed: Mapping[str, int], stale: Mapping[str, int]
+        self,
+        next_row: int,
+        num_put: int,
+        num_cleared: int,
+        committed: Mapping[str, int],
+        stale: Mapping[str, int],
+        dropped: Mapping[str, int],
     ) -> None:
         """Go on counting where an earlier queue has stopped."""
         self._table.next_row = next_row
@@ -670,6 +770,7 @@ class Ledger:
         for name, state in self._tasks.items():
             state.counts.num_committed = committed.get(name, 0)
             state.counts.num_stale = stale.get(name, 0)
+            state.counts.num_dropped = dropped.get(name, 0)
 
     def contents(self) -> Iterator[tuple[Rows, list[Written], dict[str, npt.NDArray[np.bool_]]]]:
         """Iterate over all rows as :meth:`restore` takes them: those with the same fields together."""
@@ -688,6 +789,11 @@ class Ledger:
                 for name in self.schema.names(bits)
             ]
             yield some, written, {name: (its[:, _COMMITTED] & s.bit) != 0 for name, s in self._tasks.items()}
+
+    @property
+    def leases(self) -> list[LeaseRecord]:
+        """All leases that are alive."""
+        return list(self._leases.values())
 
     @property
     def next_row(self) -> int:

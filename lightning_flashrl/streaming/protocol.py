@@ -158,6 +158,8 @@ class Welcome(Message, frozen=True):
         local_address: abstract Unix socket of the server, for clients on its host.
         local_token: what the first frame there must begin with.
         session_timeout_s: after so long without a word, nothing is written any more where a client may write.
+        boot: of this server; requests name it.
+        queue_id: by which the queue is known when another server serves it; empty if that cannot be.
     """
 
     fields: tuple[FieldSpec, ...]
@@ -166,6 +168,8 @@ class Welcome(Message, frozen=True):
     local_address: str
     local_token: bytes
     session_timeout_s: float
+    boot: bytes
+    queue_id: str
 
 
 class ExtentGranted(Message, frozen=True):
@@ -220,6 +224,10 @@ class Again(Message, frozen=True):
     """You were silent for so long that your request was given up; ask again if you still want it."""
 
 
+class Moved(Message, frozen=True):
+    """The request is for a server that is gone; say hello, and ask again."""
+
+
 Request: TypeAlias = (
     Hello
     | GrantExtent
@@ -236,7 +244,9 @@ Request: TypeAlias = (
     | Ping
     | Goodbye
 )
-Answer: TypeAlias = Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Called | Failed | Pong | Again
+Answer: TypeAlias = (
+    Welcome | ExtentGranted | Stored | Leased | Done | StatisticsAre | Called | Failed | Pong | Again | Moved
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

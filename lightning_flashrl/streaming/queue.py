@@ -16,6 +16,7 @@ import abc
 import functools
 import os
 import secrets
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
+import msgspec
 import numpy as np
 
 from lightning_flashrl import clock
@@ -35,14 +37,14 @@ from lightning_flashrl.errors import (
     SchemaMismatchError,
     WouldBlock,
 )
-from lightning_flashrl.messaging.memory import attach_memory, make_memory
+from lightning_flashrl.messaging.memory import make_memory
 from lightning_flashrl.streaming.control import Bounds, Control, Grant, LeaseRequest, QueueStatistics, Ticket
 from lightning_flashrl.streaming.ledger import Ledger, Task, Written
 from lightning_flashrl.streaming.memory import UnitAccess, default_capacity_bytes
-from lightning_flashrl.streaming.resume import QueueJournal
+from lightning_flashrl.streaming.resume import QueueJournal, take_snapshot
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand, Sampler
-from lightning_flashrl.streaming.schema import Batch, Schema
+from lightning_flashrl.streaming.schema import Batch, Column, Schema
 from lightning_flashrl.streaming.storage import Allocator, Writer, gather
 from lightning_flashrl.streaming.unit import UnitProcess, UnitSpec
 
@@ -97,13 +99,10 @@ class QueueVerbs(abc.ABC):
     Attributes:
         schema: of its rows.
         lease_timeout_s: how long a lease lasts without being renewed, unless it says so itself.
-        units: how this process reaches the storage units.
     """
 
     schema: Schema
     lease_timeout_s: float
-    units: Sequence[UnitAccess]
-    _writer: Writer
 
     # ------------------------------------------------------------------ write
     def put(
@@ -134,8 +133,7 @@ class QueueVerbs(abc.ABC):
         columns = self.schema.check(data, None if number is None else len(number))
         if not len(columns[0].lengths):
             return ()
-        with self._writer.write(columns) as written:
-            return tuple(self._put(written, number, timeout_s).tolist())
+        return tuple(self._write(columns, number, timeout_s).tolist())
 
     # ------------------------------------------------------------------ read
     def lease(
@@ -216,14 +214,14 @@ class QueueVerbs(abc.ABC):
         names = (fields,) if isinstance(fields, str) else tuple(fields)
         return LeaseRequest(task, names, demand, self._owner, lasts_s, sampler)
 
-    def _open(self, grant: Grant) -> Lease:
-        """Copy a lease's rows out."""
+    def _open(self, grant: Grant, units: Sequence[UnitAccess]) -> Lease:
+        """Copy a lease's rows out of storage units."""
         lease = grant.lease
         try:
             columns = {
                 column.field: self.schema.restore(
                     column.field,
-                    gather(self.units, column.places, column.lengths, self.schema[column.field].entry_bytes),
+                    gather(units, column.places, column.lengths, self.schema[column.field].entry_bytes),
                     column.lengths,
                 )
                 for column in grant.written
@@ -263,8 +261,7 @@ class QueueVerbs(abc.ABC):
             return
         some = _as_rows(lease.rows) if some is None else some
         columns = self.schema.check(data, len(some))
-        with self._writer.write(columns) as written:
-            self._put(written, some, 0.0, (lease.lease_id, lease.task))
+        self._write(columns, some, 0.0, (lease.lease_id, lease.task))
 
     def release(self, lease: Lease, *, rows: Sequence[int] | None = None) -> None:
         """Give a lease's rows back, to be leased again.
@@ -316,8 +313,12 @@ class QueueVerbs(abc.ABC):
     _owner: str
 
     @abc.abstractmethod
-    def _put(
-        self, written: list[Written], rows: Rows | None, timeout_s: float | None, lease: tuple[int, str] | None = None
+    def _write(
+        self,
+        columns: Sequence[Column],
+        rows: Rows | None,
+        timeout_s: float | None,
+        lease: tuple[int, str] | None = None,
     ) -> Rows: ...
 
     @abc.abstractmethod
@@ -351,8 +352,10 @@ class TransferQueue(QueueVerbs):
         host: address on which units, and a server of this queue, listen.
         secret: whoever has it may connect to them; a fresh one if none is given.
         journal: a file in which every change is written down. If it is there already, the queue goes on with the rows
-            of the one that wrote it, whatever ended that; rows that were leased are leased anew. Delete it to begin
-            with nothing.
+            and leases of the one that wrote it, whatever ended that. Delete it to begin with nothing.
+        hear_note: gets what was last written down with :meth:`note`, before any row is there.
+        snapshot: what :meth:`snapshot` of another queue has returned: the queue begins with its rows. A journal that is
+            there already comes first.
 
     Attributes:
         secret: for clients.
@@ -388,6 +391,8 @@ class TransferQueue(QueueVerbs):
         host: str = "127.0.0.1",
         secret: str | None = None,
         journal: str | Path | None = None,
+        hear_note: Callable[[bytes], None] | None = None,
+        snapshot: bytes | None = None,
     ) -> None:
         self._is_closed = self._is_shut_down = True  # until there is something to close
         self.schema = schema if isinstance(schema, Schema) else Schema(schema)
@@ -403,14 +408,15 @@ class TransferQueue(QueueVerbs):
         Ledger(self.schema, checked_tasks)  # says what is wrong before anything is started
         self.journal: QueueJournal | None = None
         if journal is not None:
+            if snapshot is not None and not Path(journal).exists():
+                _write(Path(journal), snapshot)
             self.journal = QueueJournal(Path(journal), self.schema, tuple(checked_tasks), clear_consumed=clear_consumed)
         self.unit_processes = tuple(UnitProcess(self.secret, host) for _ in range(num_storage_units))
         if num_storage_units:
-            self.unit_specs = tuple(process.spec for process in self.unit_processes)
-            memories = [attach_memory(spec.pid, spec.fd, spec.capacity_bytes, spec.mark) for spec in self.unit_specs]
+            memories = [process.memory for process in self.unit_processes]
         else:
             memory, mark = make_memory(default_capacity_bytes())
-            self.unit_specs = (UnitSpec(os.getpid(), memory.fd, memory.capacity_bytes, mark, ""),)
+            self._own_unit = UnitSpec(os.getpid(), memory.fd, memory.capacity_bytes, mark, "")
             memories = [memory]
         self.units = [UnitAccess(memory) for memory in memories]
         self.control = Control(
@@ -429,17 +435,38 @@ class TransferQueue(QueueVerbs):
             functools.partial(self.control.seal, owner=_LOCAL),
         )
         self._is_closed = self._is_shut_down = False
-        if self.journal is not None:
-            try:
-                self.journal.begin(self.control.ledger, self._writer, self.control.restore, self._bytes_of)
-            except BaseException:
-                self.journal = None
-                self.shutdown()
-                raise
+        try:
+            if self.journal is not None:
+                self._follow(self.journal, hear_note)
+                self.control.forget_owner(_LOCAL)  # threads of a process that is gone
+            elif snapshot is not None:
+                with tempfile.TemporaryDirectory(prefix="flashrl-") as folder:
+                    path = Path(folder) / "snapshot"
+                    _write(path, snapshot)
+                    found = QueueJournal(path, self.schema, tuple(checked_tasks), clear_consumed=clear_consumed)
+                    self._follow(found, hear_note)
+                    self.control.ledger.log = None
+                    found.end()
+        except BaseException:
+            self.journal = None
+            self.shutdown()
+            raise
+
+    def _follow(self, journal: QueueJournal, hear_note: Callable[[bytes], None] | None) -> None:
+        control = self.control
+        journal.begin(control.ledger, self._writer, control.restore, self._bytes_of, clock.now_s(), hear_note)
 
     def _bytes_of(self, column: Written) -> bytes:
         entry_bytes = self.schema[column.field].entry_bytes
         return gather(self.units, column.places, column.lengths, entry_bytes).numpy().tobytes()
+
+    @property
+    def unit_specs(self) -> tuple[UnitSpec, ...]:
+        """How to reach the storage units, as they are now."""
+        if not self.unit_processes:
+            return (self._own_unit,)
+        pid = os.getpid()  # keeps their memory, whoever of them is gone
+        return tuple(msgspec.structs.replace(one.spec, pid=pid, fd=one.memory.fd) for one in self.unit_processes)
 
     # ------------------------------------------------------------------ verbs
     def close(self) -> None:
@@ -459,10 +486,34 @@ class TransferQueue(QueueVerbs):
                     self.control.ledger.log = None
                     self.journal.end()
             self.control.abandon()
+            for process in self.unit_processes:  # they serve this memory
+                process.close()
             for unit in self.units:
                 unit.close()
-            for process in self.unit_processes:
-                process.close()
+
+    def note(self, payload: bytes) -> None:
+        """Keep what the application has to say in the journal, for ``hear_note`` of the next queue.
+
+        What was said before does not count any more.
+
+        Raises:
+            ConfigurationError: the queue has no journal.
+            JournalError: it cannot be written.
+        """
+        if self.journal is None:
+            raise ConfigurationError("note() of a queue without a journal; give TransferQueue(journal=...)")
+        with self.control.lock:
+            self.journal.note(payload)
+
+    def snapshot(self, note: bytes | None = None, *, without: tuple[str, str] | None = None) -> bytes:
+        """Return the rows that are in the queue, for another one: as if they had just been put and nobody leased them.
+
+        Args:
+            note: what ``hear_note`` of that queue gets.
+            without: a task and a field: as if the task had not been at work, and nobody had written the field.
+        """
+        with self.control.lock:
+            return take_snapshot(self.control.ledger, self._bytes_of, note, without)
 
     def statistics(self) -> QueueStatistics:
         """Return what is in the queue, and what has passed."""
@@ -487,17 +538,22 @@ class TransferQueue(QueueVerbs):
             )
 
     # ------------------------------------------------------------------ here
-    def _put(
-        self, written: list[Written], rows: Rows | None, timeout_s: float | None, lease: tuple[int, str] | None = None
+    def _write(
+        self,
+        columns: Sequence[Column],
+        rows: Rows | None,
+        timeout_s: float | None,
+        lease: tuple[int, str] | None = None,
     ) -> Rows:
-        if self._is_shut_down:
-            raise QueueClosedError
         held = None if lease is None else (*lease, _LOCAL)
-        answer: Rows = self._wait(
-            lambda on_done: self.control.put(written, rows, on_done, held),
-            timeout_s,
-            lambda: self.control.full_error(timeout_s or 0.0),
-        )
+        with self._writer.write(columns) as written:
+            if self._is_shut_down:
+                raise QueueClosedError
+            answer: Rows = self._wait(
+                lambda on_done: self.control.put(written, rows, on_done, held),
+                timeout_s,
+                lambda: self.control.full_error(timeout_s or 0.0),
+            )
         return answer
 
     def _lease(self, request: LeaseRequest, timeout_s: float | None) -> Lease:
@@ -508,7 +564,7 @@ class TransferQueue(QueueVerbs):
             timeout_s,
             lambda: self.control.timeout_error(request, timeout_s or 0.0),
         )
-        return self._open(grant)
+        return self._open(grant, self.units)
 
     def _wait(
         self,
@@ -559,6 +615,13 @@ def _check_timeout(name: str, timeout_s: float | None) -> float | None:
     if timeout_s is not None and not timeout_s >= 0:
         raise ConfigurationError(f"{name}={timeout_s}; use 0 s or more, or None to wait as long as it takes")
     return timeout_s
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(data)
+    beside.replace(path)
 
 
 def _as_rows(rows: Sequence[int]) -> Rows:

@@ -20,6 +20,7 @@ import abc
 import collections
 import contextlib
 import functools
+import hashlib
 import hmac
 import itertools
 import os
@@ -29,6 +30,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -43,29 +45,39 @@ from lightning_flashrl.messaging.memory import attach_memory
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
 from lightning_flashrl.streaming import protocol
 from lightning_flashrl.streaming.control import Grant, LeaseRequest, QueueStatistics, Ticket
-from lightning_flashrl.streaming.ledger import LeaseRecord, Written
+from lightning_flashrl.streaming.ledger import LeaseRecord
 from lightning_flashrl.streaming.memory import UnitAccess
 from lightning_flashrl.streaming.queue import Lease, QueueVerbs, TransferQueue
 from lightning_flashrl.streaming.rows import Rows
 from lightning_flashrl.streaming.samplers import Demand
+from lightning_flashrl.streaming.schema import Column
 from lightning_flashrl.streaming.storage import Writer
 from lightning_flashrl.streaming.unit import RemoteAccess, UnitServer, UnitSpec
 
 _OWNER_BYTES = 16
+_BOOT_BYTES = 8
 _TOKEN_BYTES = 32
 _NUMBER_BYTES = 8
+_NO_BOOT = bytes(_BOOT_BYTES)
+_OWNER = struct.Struct("<4sI8s")
+"""Which host, process and client; by the first two the server of a queue that goes on knows who is gone."""
 _ANCHOR, _THREAD = b"A", b"T"
 """After the token: the connection that lives as long as its client, or one of the client's threads."""
 _SILENCE_S = 10.0
 """A client that waits over TCP says each second that it still does; without that its place goes to others."""
 _PING_INTERVAL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
+_RECONNECT_TIMEOUT_S = 60.0
+_RECONNECT_PAUSE_S = 0.05
 _SESSION_TIMEOUT_S = 600.0
 _BACKLOG = 4096
 _REMEMBERED_GRANTS = 4096
 _CREDENTIALS = struct.Struct("3i")
 """Process, user and group at the other end of a Unix socket."""
+_UNANSWERED = 0
+"""Number of messages that nobody waits for an answer to."""
 _AnswerT = TypeVar("_AnswerT", bound=protocol.Message)
+_ResultT = TypeVar("_ResultT")
 Transport = Literal["auto", "shared_memory", "socket"]
 
 
@@ -101,6 +113,10 @@ class TransferQueueServer:
         self.secret = queue.secret
         self.answer_call: Callable[[bytes], bytes] | None = None
         self.num_undecodable = 0
+        self._boot = secrets.token_bytes(_BOOT_BYTES)
+        self._queue_id = "" if queue.journal is None else queue.journal.queue_id
+        self._absent = {lease.owner for lease in queue.control.ledger.leases if len(lease.owner) == 2 * _OWNER_BYTES}
+        """Clients of the server before, not heard yet."""
         self._session_timeout_s = session_timeout_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._loop = EventLoop()
@@ -124,10 +140,6 @@ class TransferQueueServer:
             ) from error
         self.endpoint = f"tcp://{queue.host}:{port}"
         self._units = [_UnitThread(queue, keys)] if not queue.unit_processes else []
-        self._specs = tuple(
-            msgspec.structs.replace(spec, endpoint=spec.endpoint or self._units[0].endpoint)
-            for spec in queue.unit_specs
-        )
         self._door_local = _LocalDoor(self._loop, self._on_local_frame, self._on_local_end)
         self._tickets: dict[tuple[bytes, bytes], _Waiting] = {}
         self._granted: dict[tuple[bytes, bytes], tuple[int, str]] = {}
@@ -205,13 +217,13 @@ class TransferQueueServer:
         self._after_requests()
 
     def _on_local_frame(self, peer: bytes, frame: bytes) -> None:
-        number, owner = frame[:_NUMBER_BYTES], frame[_NUMBER_BYTES : _NUMBER_BYTES + _OWNER_BYTES]
-        self._on_request(peer, number, owner, frame[_NUMBER_BYTES + _OWNER_BYTES :])
+        begin, end = _NUMBER_BYTES, _NUMBER_BYTES + _OWNER_BYTES + _BOOT_BYTES
+        self._on_request(peer, frame[:begin], frame[begin:end], frame[end:])
         self._after_requests()
 
     def _on_local_end(self, peer: bytes, owner: bytes | None) -> None:
         """A connection has ended; with its first one the client has (``owner``)."""
-        if owner is not None:
+        if owner is not None and not self._door_local.has(owner):
             self._forget(owner)
         self._give_up([key for key in self._tickets if key[0] == peer])
         self._after_requests()
@@ -235,16 +247,25 @@ class TransferQueueServer:
         self._flush()
         self._arm_expiry()
 
-    def _on_request(self, peer: bytes, request_id: bytes, owner: bytes, payload: bytes) -> None:
-        if len(owner) != _OWNER_BYTES or len(request_id) != _NUMBER_BYTES:
+    def _on_request(self, peer: bytes, request_id: bytes, sender: bytes, payload: bytes) -> None:
+        if len(sender) != _OWNER_BYTES + _BOOT_BYTES or len(request_id) != _NUMBER_BYTES:
             self.num_undecodable += 1
             return
+        owner, boot = sender[:_OWNER_BYTES], sender[_OWNER_BYTES:]
         if owner in self._gone:
             return
-        self._owners[owner] = clock.now_s()
         answer: protocol.Answer | None
         try:
-            answer = self._handle(peer, request_id, owner.hex(), protocol.decode_request(payload))
+            request = protocol.decode_request(payload)
+            if boot != self._boot and not isinstance(request, protocol.Hello):
+                answer = protocol.Moved()
+            else:
+                self._owners[owner] = clock.now_s()
+                self._absent.discard(owner.hex())
+                answer = self._answer_again(owner.hex(), int.from_bytes(request_id, "little"), request)
+                if answer is None:
+                    self._give_up([key for key in self._tickets if key == (peer, request_id)])  # asked before
+                    answer = self._handle(peer, request_id, owner.hex(), request)
         except FlashRLError as error:
             answer = protocol.pack_error(error)
         except Exception as error:  # noqa: BLE001 - messages that are none, a user's sampler: others are served on
@@ -258,8 +279,32 @@ class TransferQueueServer:
         if answer is not None:
             self._answers.append((peer, request_id, protocol.encode(answer)))
 
+    def _unit_specs(self) -> tuple[UnitSpec, ...]:
+        return tuple(
+            msgspec.structs.replace(spec, endpoint=spec.endpoint or self._units[0].endpoint)
+            for spec in self.queue.unit_specs
+        )
+
+    def _answer_again(self, owner: str, number: int, request: protocol.Request) -> protocol.Answer | None:
+        """Answer a request that was carried out, here or by the server before, without an answer that was heard."""
+        journal = self.queue.journal
+        if journal is None:
+            return None
+        with self.queue.control.lock:
+            known = journal.answer_to(owner, number)
+        match request:
+            case _ if known is None:
+                return None
+            case protocol.Put():
+                return protocol.Stored(known.rows)
+            case protocol.TakeLease():
+                grant = self.queue.control.lease_again(known.lease_id, owner)
+                return None if grant is None else _leased(grant)
+        return protocol.Done()
+
     def _handle(self, peer: bytes, request_id: bytes, owner: str, request: protocol.Request) -> protocol.Answer | None:
         control = self.queue.control
+        origin = (owner, int.from_bytes(request_id, "little"))
         match request:
             case protocol.Ping():
                 return protocol.Pong()
@@ -271,11 +316,11 @@ class TransferQueueServer:
                 return None
             case protocol.EndLease(lease_id=lease_id, task=task, is_commit=is_commit, rows=packed):
                 some = None if packed is None else protocol.numbers(packed)
-                (control.commit if is_commit else control.release)(lease_id, task, owner, some)
+                (control.commit if is_commit else control.release)(lease_id, task, owner, some, origin)
             case protocol.Renew(lease_id=lease_id, task=task):
                 control.renew(lease_id, task, owner)
             case protocol.Clear(rows=rows):
-                control.clear(None if rows is None else protocol.numbers(rows))
+                control.clear(None if rows is None else protocol.numbers(rows), origin)
             case protocol.Close():
                 self.queue.close()
             case protocol.GrantExtent(num_bytes=num_bytes):
@@ -289,7 +334,14 @@ class TransferQueueServer:
                 fields = protocol.pack_schema(self.queue.schema)
                 door = self._door_local
                 return protocol.Welcome(
-                    fields, self.queue.lease_timeout_s, self._specs, door.address, door.token, self._session_timeout_s
+                    fields,
+                    self.queue.lease_timeout_s,
+                    self._unit_specs(),
+                    door.address,
+                    door.token,
+                    self._session_timeout_s,
+                    self._boot,
+                    self._queue_id,
                 )
             case protocol.Cancel(request_id=number):
                 self._cancel(peer, number.to_bytes(8, "little"), owner)
@@ -309,7 +361,10 @@ class TransferQueueServer:
         rows = None if request.rows is None else protocol.numbers(request.rows)
         control.check_written(written, rows, owner)
         lease = None if request.lease is None else (*request.lease, owner)
-        ticket = control.put(written, rows, lambda ticket: self._on_done(peer, request_id, ticket), lease)
+        if lease is not None and rows is None:
+            raise ValueError("a lease for new rows")
+        origin = (owner, int.from_bytes(request_id, "little"))
+        ticket = control.put(written, rows, lambda ticket: self._on_done(peer, request_id, ticket), lease, origin)
         self._wait(
             peer, request_id, owner, ticket, request.timeout_s, lambda: control.full_error(request.timeout_s or 0.0)
         )
@@ -325,7 +380,15 @@ class TransferQueueServer:
             request.policy_version,
             request.micro_batch,
         )
-        asked = LeaseRequest(request.task, request.fields, demand, owner, request.lease_timeout_s, request.sampler)
+        asked = LeaseRequest(
+            request.task,
+            request.fields,
+            demand,
+            owner,
+            request.lease_timeout_s,
+            request.sampler,
+            (owner, int.from_bytes(request_id, "little")),
+        )
         ticket = control.lease(asked, lambda ticket: self._on_done(peer, request_id, ticket))
         self._wait(
             peer,
@@ -368,7 +431,7 @@ class TransferQueueServer:
             self._granted[peer, request_id] = (lease.lease_id, lease.task)
             if len(self._granted) > _REMEMBERED_GRANTS:
                 del self._granted[next(iter(self._granted))]
-            answer = protocol.Leased(lease.lease_id, lease.rows.tobytes(), protocol.pack_located(ticket.answer.written))
+            answer = _leased(ticket.answer)
         else:
             answer = protocol.Stored(ticket.answer.tobytes())
         self._answers.append((peer, request_id, protocol.encode(answer)))
@@ -413,7 +476,27 @@ class TransferQueueServer:
             if now_s - heard_s > self._session_timeout_s and not self._door_local.has(owner):
                 del self._owners[owner]
                 self.queue.control.seal_owner(owner.hex())
+        for name in [name for name in self._absent if _is_gone(bytes.fromhex(name))]:
+            self._absent.discard(name)
+            self.queue.control.forget_owner(name)
         self._flush()
+
+
+def _leased(grant: Grant) -> protocol.Leased:
+    lease = grant.lease
+    return protocol.Leased(lease.lease_id, lease.rows.tobytes(), protocol.pack_located(grant.written))
+
+
+@functools.cache
+def _host_mark() -> bytes:
+    """Return four bytes that this host has until it is started anew."""
+    return hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes()).digest()[:4]
+
+
+def _is_gone(owner: bytes) -> bool:
+    """Whether a client's process was one of this host, and is no more."""
+    host, pid, _ = _OWNER.unpack(owner)
+    return bool(host == _host_mark()) and not Path(f"/proc/{pid}").exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -570,6 +653,10 @@ class TransferQueueClient(QueueVerbs):
         transport: ``"shared_memory"`` maps the storage units' memory, ``"socket"`` asks them for rows, ``"auto"`` maps
             what can be mapped.
         answer_timeout_s: how long the server may be silent before it counts as gone.
+        reconnect_timeout_s: how long to look for the next server of a queue that has a journal: what was asked is asked
+            there again, and done once. Leases go on. 0 to be told at once that the server is gone, as clients of a
+            queue without a journal are. It may be changed.
+        on_lost: is called before that, once for each server that is gone, in the thread that has noticed it.
 
     Raises:
         QueueUnavailableError: nobody answers, or the secret is not the queue's.
@@ -583,6 +670,8 @@ class TransferQueueClient(QueueVerbs):
         *,
         transport: Transport = "auto",
         answer_timeout_s: float = _ANSWER_TIMEOUT_S,
+        reconnect_timeout_s: float = _RECONNECT_TIMEOUT_S,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
         if transport not in ("auto", "shared_memory", "socket"):
             raise ConfigurationError(f"transport={transport!r}; use 'auto', 'shared_memory' or 'socket'")
@@ -590,46 +679,85 @@ class TransferQueueClient(QueueVerbs):
         self._secret = secret
         self._transport: Transport = transport
         self._answer_timeout_s = answer_timeout_s
+        self.reconnect_timeout_s = reconnect_timeout_s
+        self._on_lost = on_lost
         self._keys = JobKeys.derive(secret)
-        self._owner_id = secrets.token_bytes(_OWNER_BYTES)
+        self._owner_id = _OWNER.pack(_host_mark(), os.getpid(), secrets.token_bytes(8))
         self._owner = self._owner_id.hex()
         self._pid = os.getpid()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._numbers = itertools.count(1)
         self._local = threading.local()
         self._is_open = True
-        self._anchor: socket.socket | None = None
-        self._local_door: tuple[str, bytes] | None = None
+        self._reconnecting = threading.Lock()
         try:
-            welcome = self._ask(protocol.Hello(), protocol.Welcome)
-            self._go_local(welcome)
-            self.schema = protocol.unpack_schema(welcome.fields)
-            self.lease_timeout_s = welcome.lease_timeout_s
-            self.units = [self._access(spec) for spec in welcome.units]
+            self._link = self._hello()
         except BaseException:
-            self._close_sockets(linger_ms=0)
+            self._context.destroy(linger=0)
             raise
-        self._writer = Writer(
-            self.schema, self.units, self._grant, self._seal, max_idle_s=welcome.session_timeout_s / 2
-        )
+        self.schema = self._link.schema
+        self.lease_timeout_s = self._link.welcome.lease_timeout_s
 
-    def _go_local(self, welcome: protocol.Welcome) -> None:
-        """Use the server's Unix socket if this is its host."""
-        if self._transport == "socket":
-            return
+    def _hello(self) -> _Link:
+        """Say hello to the server that is there now."""
+        door = _RemoteConnection(self._context, self.endpoint, self._keys, self._answer_timeout_s)
         try:
-            self._anchor = _enter(welcome.local_address, welcome.local_token, _ANCHOR, self._owner_id)
-        except OSError:
-            return
-        self._local_door = (welcome.local_address, welcome.local_token)
-        self._local = threading.local()  # the first connection has done its part
+            sender = self._owner_id + _NO_BOOT
+            welcome = door.ask(protocol.Hello(), sender, next(self._numbers), protocol.Welcome)
+        finally:
+            door.close(0)
+        return _Link(self, welcome, None if self._transport == "socket" else self._enter_local(welcome))
 
-    def _close_sockets(self, linger_ms: int) -> None:
-        connection: _Connection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close(linger_ms)
-        self._context.destroy(linger=linger_ms)
-        if self._anchor is not None:
-            self._anchor.close()
+    def _enter_local(self, welcome: protocol.Welcome) -> socket.socket | None:
+        """Use the server's Unix socket if this is its host."""
+        try:
+            return _enter(welcome.local_address, welcome.local_token, _ANCHOR, self._owner_id)
+        except OSError:
+            return None
+
+    def _reconnect(self, lost: _Link, error: QueueUnavailableError) -> None:
+        """Find the queue's next server.
+
+        Raises:
+            QueueUnavailableError: there is none, or the queue has no journal.
+        """
+        with self._reconnecting:
+            if self._link is not lost:  # another thread has found it
+                return
+            is_unit = error.endpoint != self.endpoint  # that comes again, whether there is a journal or not
+            if not ((is_unit or lost.welcome.queue_id) and self.reconnect_timeout_s and self._is_open):
+                raise error
+            if self._on_lost is not None and not is_unit:
+                self._on_lost()
+            deadline_s = clock.now_s() + self.reconnect_timeout_s
+            while True:
+                try:
+                    found = self._hello()
+                    # If it is the same server, it must have seen the new anchor before the old one goes.
+                    found.ask(protocol.Ping(), next(self._numbers), protocol.Pong)
+                    if not is_unit or found.welcome.units != lost.welcome.units:
+                        break
+                    found.close()
+                    raise error
+                except QueueUnavailableError:
+                    if clock.now_s() > deadline_s or not self._is_open:
+                        raise
+                clock.sleep(_RECONNECT_PAUSE_S)
+            if found.welcome.queue_id != lost.welcome.queue_id:
+                found.close()
+                raise QueueUnavailableError(self.endpoint, 0.0, "find the queue again: another one answers there")
+            lost.close()
+            self._link = found
+
+    def _retrying(self, attempt: Callable[[_Link, int], _ResultT]) -> _ResultT:
+        """Do something at the queue's server, and again under the same number at its next one."""
+        number = next(self._numbers)
+        while True:
+            link = self._link
+            try:
+                return attempt(link, number)
+            except QueueUnavailableError as error:
+                self._reconnect(link, error)
 
     def _access(self, spec: UnitSpec) -> UnitAccess:
         if self._transport != "socket":
@@ -645,7 +773,10 @@ class TransferQueueClient(QueueVerbs):
         return _ThreadedAccess(self._context, spec, self._keys, self._answer_timeout_s)
 
     def __reduce__(self) -> Any:
-        return (_connect, (self.endpoint, self._secret, self._transport, self._answer_timeout_s))
+        return (
+            _connect,
+            (self.endpoint, self._secret, self._transport, self._answer_timeout_s, self.reconnect_timeout_s),
+        )
 
     # ------------------------------------------------------------------ verbs
     def close(self) -> None:
@@ -666,10 +797,13 @@ class TransferQueueClient(QueueVerbs):
         if self._is_open:
             self._is_open = False
             with contextlib.suppress(zmq.ZMQError, OSError, QueueUnavailableError):
-                self._connection().send(protocol.Goodbye(), self._owner_id)
-            for unit in self.units:
+                connection = self._connection(self._link)
+                connection.send(protocol.Goodbye(), self._link.sender, next(self._numbers))
+                connection.close(linger_ms=1000)
+            for unit in self._link.units:
                 unit.close()
-            self._close_sockets(linger_ms=1000)
+            self._context.destroy(linger=1000)
+            self._link.close()
 
     def __enter__(self) -> Self:
         return self
@@ -680,19 +814,21 @@ class TransferQueueClient(QueueVerbs):
         self.disconnect()
 
     # ------------------------------------------------------------------ there
-    def _grant(self, num_bytes: int) -> tuple[int, int]:
-        answer = self._ask(protocol.GrantExtent(num_bytes), protocol.ExtentGranted)
-        return answer.place, answer.size_bytes
-
-    def _seal(self, where: int) -> None:
-        self._connection().send(protocol.SealExtent(where), self._owner_id)
-
-    def _put(
-        self, written: list[Written], rows: Rows | None, timeout_s: float | None, lease: tuple[int, str] | None = None
+    def _write(
+        self,
+        columns: Sequence[Column],
+        rows: Rows | None,
+        timeout_s: float | None,
+        lease: tuple[int, str] | None = None,
     ) -> Rows:
-        number = None if rows is None else rows.tobytes()
-        request = protocol.Put(protocol.pack_written(written), number, lease, timeout_s)
-        return protocol.numbers(self._ask(request, protocol.Stored).rows)
+        some = None if rows is None else rows.tobytes()
+
+        def attempt(link: _Link, number: int) -> Rows:
+            with link.writer.write(columns) as written:
+                request = protocol.Put(protocol.pack_written(written), some, lease, timeout_s)
+                return protocol.numbers(link.ask(request, number, protocol.Stored).rows)
+
+        return self._retrying(attempt)
 
     def _lease(self, request: LeaseRequest, timeout_s: float | None) -> Lease:
         if request.sampler is not None and not isinstance(request.sampler, str):
@@ -714,17 +850,21 @@ class TransferQueueClient(QueueVerbs):
             request.timeout_s,
             timeout_s,
         )
-        answer = self._ask(message, protocol.Leased)
-        lease = LeaseRecord(
-            answer.lease_id,
-            request.task,
-            self._owner,
-            protocol.numbers(answer.rows),
-            request.fields,
-            request.timeout_s,
-            self._connection().heard_s + request.timeout_s,  # the lease began later than that
-        )
-        return self._open(Grant(lease, protocol.unpack_located(answer.located)))
+
+        def attempt(link: _Link, number: int) -> Lease:
+            answer = link.ask(message, number, protocol.Leased)
+            lease = LeaseRecord(
+                answer.lease_id,
+                request.task,
+                self._owner,
+                protocol.numbers(answer.rows),
+                request.fields,
+                request.timeout_s,
+                self._connection(link).heard_s + request.timeout_s,  # the lease began later than that
+            )
+            return self._open(Grant(lease, protocol.unpack_located(answer.located)), link.units)
+
+        return self._retrying(attempt)
 
     def _commit(self, lease_id: int, task: str, rows: Rows | None) -> None:
         self._ask(protocol.EndLease(lease_id, task, True, None if rows is None else rows.tobytes()), protocol.Done)
@@ -741,21 +881,69 @@ class TransferQueueClient(QueueVerbs):
         self._ask(protocol.Clear(None if rows is None else rows.tobytes()), protocol.Done)
 
     def _ask(self, request: protocol.Request, expected: type[_AnswerT]) -> _AnswerT:
-        return self._connection().ask(request, self._owner_id, expected)
+        return self._retrying(lambda link, number: link.ask(request, number, expected))
 
-    def _connection(self) -> _Connection:
+    def _connection(self, link: _Link) -> _Connection:
         if os.getpid() != self._pid:
             raise ConfigurationError(
                 "this TransferQueueClient was made before a fork; make one in each process (it can be pickled)"
             )
         connection: _Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            if self._local_door is not None:
-                connection = _LocalConnection(*self._local_door, self._owner_id, self.endpoint, self._answer_timeout_s)
+        if connection is None or self._local.link is not link:
+            welcome = link.welcome
+            if link.anchor is not None:
+                door = (welcome.local_address, welcome.local_token)
+                connection = _LocalConnection(*door, self._owner_id, self.endpoint, self._answer_timeout_s)
             else:
                 connection = _RemoteConnection(self._context, self.endpoint, self._keys, self._answer_timeout_s)
-            self._local.connection = connection
+            self._local.connection, self._local.link = connection, link
         return connection
+
+
+class _Link:
+    """A client's way to one server of its queue, which may be gone.
+
+    Args:
+        client: whose it is.
+        welcome: what the server said.
+        anchor: first connection to the server's Unix socket; ``None`` on another host.
+
+    Attributes:
+        sender: what requests begin with.
+        schema: of the rows.
+        units: how this process reaches the storage units.
+        writer: puts columns there.
+    """
+
+    def __init__(self, client: TransferQueueClient, welcome: protocol.Welcome, anchor: socket.socket | None) -> None:
+        self.welcome = welcome
+        self.anchor = anchor
+        self.sender = client._owner_id + welcome.boot
+        self.schema = protocol.unpack_schema(welcome.fields)
+        self._client = client
+        try:
+            self.units = [client._access(spec) for spec in welcome.units]
+        except BaseException:
+            self.close()
+            raise
+        self.writer = Writer(self.schema, self.units, self._grant, self._seal, max_idle_s=welcome.session_timeout_s / 2)
+
+    def ask(self, request: protocol.Request, number: int, expected: type[_AnswerT]) -> _AnswerT:
+        return self._client._connection(self).ask(request, self.sender, number, expected)
+
+    def _grant(self, num_bytes: int) -> tuple[int, int]:
+        number = next(self._client._numbers)
+        answer = self.ask(protocol.GrantExtent(num_bytes), number, protocol.ExtentGranted)
+        return answer.place, answer.size_bytes
+
+    def _seal(self, where: int) -> None:
+        with contextlib.suppress(QueueUnavailableError):  # with the server its extents are gone
+            self._client._connection(self).send(protocol.SealExtent(where), self.sender, next(self._client._numbers))
+
+    def close(self) -> None:
+        """Let go of the server; its memory stays mapped as long as somebody reads there."""
+        if self.anchor is not None:
+            self.anchor.close()
 
 
 def _reachable(endpoint: str, known: str) -> str:
@@ -772,8 +960,16 @@ def _reachable(endpoint: str, known: str) -> str:
     return f"{known.rpartition(':')[0]}:{port}"
 
 
-def _connect(endpoint: str, secret: str, transport: Transport, answer_timeout_s: float) -> TransferQueueClient:
-    return TransferQueueClient(endpoint, secret, transport=transport, answer_timeout_s=answer_timeout_s)
+def _connect(
+    endpoint: str, secret: str, transport: Transport, answer_timeout_s: float, reconnect_timeout_s: float
+) -> TransferQueueClient:
+    return TransferQueueClient(
+        endpoint,
+        secret,
+        transport=transport,
+        answer_timeout_s=answer_timeout_s,
+        reconnect_timeout_s=reconnect_timeout_s,
+    )
 
 
 def _enter(address: str, token: bytes, kind: bytes, owner: bytes) -> socket.socket:
@@ -803,31 +999,28 @@ class _Connection(abc.ABC):
         self.heard_s = clock.now_s()
         self._endpoint = endpoint
         self._answer_timeout_s = answer_timeout_s
-        self._numbers = itertools.count(1)
 
-    def send(self, request: protocol.Request, owner: bytes) -> int:
-        """Send a request and return its number.
+    def send(self, request: protocol.Request, sender: bytes, number: int) -> None:
+        """Send a request.
 
         Raises:
             QueueUnavailableError: the server is gone.
         """
-        number = next(self._numbers)
-        self._send(number.to_bytes(_NUMBER_BYTES, "little"), owner, protocol.encode(request))
-        return number
+        self._send(number.to_bytes(_NUMBER_BYTES, "little"), sender, protocol.encode(request))
 
-    def ask(self, request: protocol.Request, owner: bytes, expected: type[_AnswerT]) -> _AnswerT:
+    def ask(self, request: protocol.Request, sender: bytes, number: int, expected: type[_AnswerT]) -> _AnswerT:
         """Send a request and wait for its answer, as long as the server gives signs of life.
 
         Raises:
-            QueueUnavailableError: it does not.
+            QueueUnavailableError: it does not, or another server has taken its place.
         """
         while True:
-            number = self.send(request, owner)
+            self.send(request, sender, number)
             try:
-                answer = self._wait(number, request, owner)
+                answer = self._wait(number, request, sender)
             except BaseException:
                 with contextlib.suppress(zmq.ZMQError, OSError, QueueUnavailableError):
-                    self.send(protocol.Cancel(number), owner)
+                    self.send(protocol.Cancel(number), sender, _UNANSWERED)
                 raise
             if not isinstance(answer, protocol.Again):  # else this process has been stopped for a while
                 break
@@ -836,7 +1029,7 @@ class _Connection(abc.ABC):
         assert isinstance(answer, expected)
         return answer
 
-    def _wait(self, number: int, request: protocol.Request, owner: bytes) -> protocol.Answer:
+    def _wait(self, number: int, request: protocol.Request, sender: bytes) -> protocol.Answer:
         wanted = number.to_bytes(_NUMBER_BYTES, "little")
         last_s = self.heard_s = clock.now_s()
         while True:
@@ -844,11 +1037,13 @@ class _Connection(abc.ABC):
             if received is None:
                 if clock.now_s() - last_s > self._answer_timeout_s:
                     raise self._unavailable(type(request).__name__.lower())
-                self.send(protocol.Ping(), owner)
+                self.send(protocol.Ping(), sender, _UNANSWERED)
                 continue
             request_id, payload = received
+            answer: protocol.Answer = protocol.decode_answer(payload)
+            if isinstance(answer, protocol.Moved) and not sender.endswith(_NO_BOOT):
+                raise QueueUnavailableError(self._endpoint, 0.0, "go on there: another server has taken its place")
             if request_id == wanted:
-                answer: protocol.Answer = protocol.decode_answer(payload)
                 return answer
             # A pong, or the answer to a request that was given up.
             self.heard_s = last_s

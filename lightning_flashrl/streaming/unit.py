@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -24,6 +25,8 @@ from lightning_flashrl.streaming.memory import BLOCK_BYTES, UnitAccess, default_
 
 _START_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 5.0
+_RESTART_PAUSE_S = 0.1
+_LOOK_S = 0.1
 _FRAME_BYTES = 1 << 24
 """Payload of a message to or from a unit, at most: an answer is not long in coming then, on slow lines, too."""
 
@@ -217,15 +220,21 @@ class UnitSettings(msgspec.Struct, frozen=True):
         secret: of the queue.
         capacity_bytes: size of the unit.
         host: address to listen on.
+        fd: descriptor of the memory of a unit that was lost; −1 to make some.
+        mark: of that.
     """
 
     secret: str
     capacity_bytes: int
     host: str
+    fd: int = -1
+    mark: bytes = b""
 
 
 class UnitProcess:
     """A storage unit in another process, seen from who started it.
+
+    It may die: its memory is kept here, and another process serves it.
 
     Args:
         secret: of the queue.
@@ -233,51 +242,91 @@ class UnitProcess:
 
     Attributes:
         spec: how to reach it.
+        memory: its memory.
 
     Raises:
         QueueUnavailableError: it did not come up.
     """
 
     def __init__(self, secret: str, host: str) -> None:
-        settings = UnitSettings(secret, default_capacity_bytes(), host)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for who started it
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        self._settings = UnitSettings(secret, default_capacity_bytes(), host)
+        self._is_over = threading.Event()
+        self._process, self.spec = _start(self._settings, ())
         try:
-            self._process.stdin.write(msgspec.json.encode(settings) + b"\n")
-            self._process.stdin.flush()
-            self.spec = msgspec.json.decode(self._process.stdout.readline(), type=UnitSpec)
-        except (OSError, msgspec.MsgspecError) as error:
-            self.close()
-            raise QueueUnavailableError("a storage unit", _START_TIMEOUT_S, "its process ended early") from error
+            fd = os.open(f"/proc/{self.spec.pid}/fd/{self.spec.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            _end(self._process)
+            raise QueueUnavailableError("a storage unit", 0.0, "map its memory") from error
+        self.memory = Memory(fd, self.spec.capacity_bytes, is_owner=True)
+        self._thread = threading.Thread(target=self._watch, name="flashrl-unit-watch", daemon=True)
+        self._thread.start()
 
     @property
     def pid(self) -> int:
         """The process."""
         return self._process.pid
 
+    def _watch(self) -> None:
+        """Let another process serve the memory when this one has died."""
+        settings = msgspec.structs.replace(self._settings, fd=self.memory.fd, mark=self.spec.mark)
+        while True:
+            self._process.wait()
+            if self._is_over.wait(_RESTART_PAUSE_S):
+                return
+            try:
+                process, spec = _start(settings, (settings.fd,))
+            except QueueUnavailableError:  # again, until somebody ends this
+                continue
+            _end(self._process)
+            self._process, self.spec = process, spec
+
     def close(self) -> None:
         """End the process; its memory goes when nobody maps it any more."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        try:
-            self._process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._is_over.set()
+        while self._thread.is_alive():  # perhaps it has just begun to start another
+            _end(self._process)
+            self._thread.join(_LOOK_S)
+        _end(self._process)
+
+
+def _start(settings: UnitSettings, fds: Sequence[int]) -> tuple[subprocess.Popen[bytes], UnitSpec]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=fds,
+        start_new_session=True,  # Ctrl-C is for who started it
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(msgspec.json.encode(settings) + b"\n")
+        process.stdin.flush()
+        return process, msgspec.json.decode(process.stdout.readline(), type=UnitSpec)
+    except (OSError, msgspec.MsgspecError) as error:
+        _end(process)
+        raise QueueUnavailableError("a storage unit", _START_TIMEOUT_S, "its process ended early") from error
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    try:
+        process.wait(_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main() -> None:
     """Be a storage unit until standard input ends."""
     settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=UnitSettings)
-    memory, mark = make_memory(settings.capacity_bytes)
+    if settings.fd >= 0:
+        memory, mark = Memory(settings.fd, settings.capacity_bytes, is_owner=True), settings.mark
+    else:
+        memory, mark = make_memory(settings.capacity_bytes)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     loop = EventLoop()
     server = UnitServer(context, loop, memory, JobKeys.derive(settings.secret), settings.host)

@@ -229,23 +229,28 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path(sys.argv[1])
 with make(path) as queue:
     rows = queue.put(prompts(1, 2))
+    lease = queue.lease("rollout", count=1)
     size = path.stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
-    for change in (lambda: queue.put(prompts(3)), lambda: queue.clear(rows), queue.close):
+    for change in (
+        lambda: queue.put(prompts(3)),
+        lambda: queue.lease("rollout", count=1),
+        lambda: queue.commit(lease, {"reward": [1.0]}),
+        lambda: queue.release(lease),
+        lambda: queue.clear(rows),
+        lambda: queue.note(b"x" * 100),
+        queue.close,
+    ):
         try:
             change()
         except JournalError as error:
             assert "cannot be written" in str(error), error
         else:
             raise AssertionError
-    lease = queue.lease("rollout", count=1)
-    try:
-        queue.commit(lease, {"reward": [1.0]})
-    except JournalError:
-        queue.release(lease)
     assert path.stat().st_size == size
     found = queue.statistics()
-    assert (found.num_rows, found.is_closed, found.tasks["rollout"].num_ready) == (2, False, 2), found
+    task = found.tasks["rollout"]
+    assert (found.num_rows, found.is_closed, task.num_ready, task.num_leased) == (2, False, 1, 1), found
 print("well")
 """
 
