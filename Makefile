@@ -9,8 +9,8 @@ export OMP_NUM_THREADS := 1
 .DELETE_ON_ERROR:
 .PHONY: demo demo-recovery check test test-all soak bench clean
 
-demo: $(VENV) ## reinforcement learning: a small model learns to sort digits, rollouts and training side by side
-	$(RUN) -m lightning_flashrl.cli.flashrl experiment=grpo_sort paths.output_dir=demo_output/grpo_sort
+demo: $(VENV) ## reinforcement learning: a small model learns to sort digits while processes of each kind are killed
+	$(RUN) -m lightning_flashrl.cli.flashrl experiment=grpo_sort_killed paths.output_dir=demo_output/grpo_sort
 
 demo-recovery: $(VENV) ## kill and hang ranks on the way, compare with the run that never failed
 	$(RUN) -m lightning_flashrl.cli.demo

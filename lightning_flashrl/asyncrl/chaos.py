@@ -27,7 +27,7 @@ class Chaos(L.Callback):
     Args:
         output_dir: of the run's :class:`~lightning_flashrl.asyncrl.recorder.RunRecorder`, which must be there.
         mtbf_s: mean time between kills; ``None`` for none at random.
-        schedule: kills at set steps, such as ``"rollout 0 at step 12"``.
+        schedule: kills at set steps, such as ``"rollout 0 at step 12"``, ``"queue at step 20"``.
         roles: whose processes are killed at random.
         seed: of the random numbers.
         max_kills: in all; ``None`` for no limit.
@@ -75,6 +75,12 @@ class Chaos(L.Callback):
             ConfigurationError: it would not.
         """
         survives = isinstance(trainer.strategy, FlashDDPStrategy) and trainer.world_size > 1
+        missing = sorted(self._roles & {"queue", "supervisor"})
+        if missing and not isinstance(trainer.strategy, FlashDDPStrategy):
+            raise ConfigurationError(
+                f"chaos kills {' and '.join(missing)}, and this run has no such processes; use strategy=flash_ddp, or "
+                f"leave them out of chaos.roles and chaos.schedule"
+            )
         if "trainer" in self._roles and not survives:
             raise ConfigurationError(
                 "chaos kills trainer ranks, and this run does not survive that; use strategy=flash_ddp with "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_flashrl.asyncrl.host_calls import HostAddress
+from lightning_flashrl.asyncrl.host import HostAddress
 from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.recording import StepRecord
@@ -67,7 +67,7 @@ class _StepLoader:
         size = self._data.steps_per_epoch
         if size is not None and self._step >= size:  # an epoch that was not asked for its end
             self._step = 0
-        while not self._data.is_over() and (size is None or self._step < size):
+        while not self._data.is_over and (size is None or self._step < size):
             self._step += 1
             yield StepBatch(self._data.session)
         self._step = 0
@@ -105,6 +105,9 @@ class StreamingDataModule(L.LightningDataModule):
         record: a folder in which each step's rows are written down, to be trained again bit for bit.
         replay: such a folder, of an earlier run: its steps are trained, without rollouts. Everything else must be as in
             that run: initial weights, algorithm, optimizer, number of ranks.
+
+    Attributes:
+        is_over: a step has found that there are no more prompts. All ranks find that in the same step.
 
     Raises:
         ConfigurationError: no prompts, reward or tokenizer, or a setting that cannot be.
@@ -162,9 +165,11 @@ class StreamingDataModule(L.LightningDataModule):
         self._lease_timeout_s = lease_timeout_s
         self._record = None if record is None else Path(record)
         self._replay = None if replay is None else Path(replay)
+        self.is_over = False
         self._session: Session | None = None
         self._pool: RewardPool | None = None  # of validation
         self._first_group = 0
+        self._under_way: bytes | None = None  # of the checkpoint that training goes on from
 
     # ------------------------------------------------------------------ loaders
     @property
@@ -315,14 +320,17 @@ class StreamingDataModule(L.LightningDataModule):
             log_dir=self.log_dir,
             lease_timeout_s=self._lease_timeout_s,
             record=self._step_record(),
+            snapshot=self._under_way,
         )
-        self._session = session
+        self._session, self._under_way = session, None
+        self.is_over = False
         return session
 
-    def join(self, address: HostAddress, replica_rank: int, stages: Stages) -> RankSession:
-        """Join the session on another rank."""
-        session = RankSession(address, self.steps, replica_rank, stages, self._step_record())
+    def join(self, address: HostAddress, replica_rank: int, stages: Stages, home: HostHome | None) -> RankSession:
+        """Join the session on another rank; see :meth:`host`."""
+        session = RankSession(address, self.steps, replica_rank, stages, self._step_record(), home)
         self._session = session
+        self.is_over = False
         return session
 
     def _step_record(self) -> StepRecord | None:
@@ -347,6 +355,7 @@ class StreamingDataModule(L.LightningDataModule):
         assert self.trainer is not None
         record = StepRecord(self._replay, self.trainer.global_rank, self.trainer.world_size)
         self._session = ReplaySession(record, stages)
+        self.is_over = False
 
     def session(self) -> Session:
         """Return the run's session.
@@ -378,10 +387,6 @@ class StreamingDataModule(L.LightningDataModule):
         """The run's session, if there is one."""
         return self._session
 
-    def is_over(self) -> bool:
-        """Whether all prompts have been trained, as far as this rank knows."""
-        return isinstance(self._session, LeadSession) and self._session.view().is_over
-
     def close_session(self) -> None:
         """End rollouts and let go of the queue."""
         session, self._session = self._session, None
@@ -411,13 +416,18 @@ class StreamingDataModule(L.LightningDataModule):
         self.close_session()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the prompts were gone through."""
-        finished = self._session.view().num_finished_groups if isinstance(self._session, LeadSession) else 0
-        return {"first_group": self._first_group + finished}
+        """Return how far the prompts were gone through, and what is under way: prompts, rows, who is done with them."""
+        if not isinstance(self._session, LeadSession):
+            return {"first_group": self._first_group}
+        finished = self._session.view().num_finished_groups
+        under_way = torch.frombuffer(bytearray(self._session.snapshot()), dtype=torch.uint8)
+        return {"first_group": self._first_group + finished, "under_way": under_way}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._first_group = state_dict["first_group"]
+        under_way = state_dict.get("under_way")
+        self._under_way = None if under_way is None else under_way.numpy().tobytes()
 
 
 def _probe(encode: Callable[[str], Sequence[int]], problem: Problem | None) -> Tensor:

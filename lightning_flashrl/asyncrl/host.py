@@ -1,25 +1,46 @@
 """What a run's training processes share: the queue, the plan of its steps, the workers.
 
 It lives in the process of rank 0, or, where ranks may die and come back, in one of its own
-(:mod:`lightning_flashrl.asyncrl.host_process`).
+(:mod:`lightning_flashrl.asyncrl.host_process`). That one may die, too: what it must know stands in the queue's journal.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.settings import StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
-from lightning_flashrl.asyncrl.steps import UPDATE, StepPlan
+from lightning_flashrl.asyncrl.steps import CRITIC, GROUP, UPDATE, VALUES, PlanState, StepPlan, StepSampler
 from lightning_flashrl.engines.process import Surroundings, Team, WorkerFleet, WorkerRecord, idle_share, summed
 from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.streaming import QueueStatistics, TransferQueue, TransferQueueServer
 from lightning_flashrl.weights import StalenessGate, WeightsAddress, keep
+
+
+class HostAddress(msgspec.Struct, frozen=True):
+    """Where a host is, or will be.
+
+    Attributes:
+        endpoint: of its queue.
+        secret: of its queue.
+        journal: file from which the next host goes on when this one dies; empty for none.
+    """
+
+    endpoint: str
+    secret: str
+    journal: str = ""
+
+    @property
+    def port(self) -> int:
+        """TCP port of the queue's server."""
+        return int(self.endpoint.rpartition(":")[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +61,8 @@ class HostSettings:
         weights: where weights are published, by the name of the policy.
         teams: the workers.
         log_dir: where their output goes.
+        snapshot: what :meth:`StreamHost.snapshot` of an earlier run has returned; ``None`` to begin with nothing.
+        lost_s: when the host before was lost, on :func:`lightning_flashrl.clock.now_s`; ``None`` for the first one.
     """
 
     steps: StepSettings
@@ -55,47 +78,62 @@ class HostSettings:
     weights: dict[str, WeightsAddress]
     teams: tuple[Team, ...]
     log_dir: Path | None
+    snapshot: bytes | None = None
+    lost_s: float | None = None
+
+
+class HostState(msgspec.Struct, frozen=True):
+    """What a host must know to go on in another process, beside the rows of its queue.
+
+    Attributes:
+        plan: state of the plan.
+        wanted: how many workers of each role there shall be.
+        workers: what is known of each.
+        num_replaced: workers that died and were replaced.
+        recovery_ms: see :attr:`HostView.recovery_ms`.
+    """
+
+    plan: PlanState
+    wanted: dict[str, int]
+    workers: list[WorkerRecord]
+    num_replaced: int
+    recovery_ms: dict[str, list[float]]
 
 
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
     """How a run stands.
 
     Attributes:
+        pid: of the host.
         queue: what is in the queue.
         version: of the policy that the current step starts from.
         num_open: prompt groups that have begun and are not trained.
         num_begun: prompt groups that have begun.
         room: prompt groups that may begin now.
-        is_last: no more groups will begin.
         num_decided: rows of steps that are done, but not final.
-        num_dropped: rows that failed or were replaced.
         num_failed_in_a_row: rows that failed since the last complete one.
         num_uninformative: rows that were replaced because their group had equal rewards.
         num_uninformative_in_a_row: those since a step last took a group.
         workers: what is known of each, also of those that are gone.
         num_replaced: workers that died and were replaced.
+        recovery_ms: by role, from the loss of each process until its successor served; the host's is ``"queue"``.
         failure: name and reason of a worker's failure that ends the run.
     """
 
+    pid: int
     queue: QueueStatistics
     version: int
     num_open: int
     num_begun: int
     room: int
-    is_last: bool
     num_decided: int
-    num_dropped: int
     num_failed_in_a_row: int
     num_uninformative: int
     num_uninformative_in_a_row: int
     workers: list[WorkerRecord]
     num_replaced: int
+    recovery_ms: dict[str, list[float]]
     failure: tuple[str, str] | None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all rows have been trained and no more come."""
-        return self.is_last and not self.num_open
 
     @property
     def num_finished_groups(self) -> int:
@@ -131,7 +169,7 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
         Rows are counted by the queue's ledger; those that were left out, by the plan. What neither knows of is lost.
         """
         update = self.queue.tasks[UPDATE]
-        dropped = self.num_dropped + update.num_stale - self.num_uninformative
+        dropped = update.num_dropped + update.num_stale
         return {
             "rows_generated": float(self.queue.tasks["rollout"].num_committed),
             "rows_committed": float(update.num_committed + self.num_decided),
@@ -166,16 +204,26 @@ class StreamHost:
         port: of the queue's server; 0 for any.
         secret: of the queue; a fresh one if none is given.
         keeps_weights: whether the memory of the weights stays when the process that publishes them is gone.
+        journal: where the queue and the plan are written down, so that the next host goes on with them.
 
     Attributes:
+        address: for other processes.
         queue: the queue.
         plan: which rows each step gets.
         server: of the queue.
         surroundings: what its clients must know.
     """
 
+    _before: HostState | None
+
     def __init__(
-        self, settings: HostSettings, *, port: int = 0, secret: str | None = None, keeps_weights: bool = False
+        self,
+        settings: HostSettings,
+        *,
+        port: int = 0,
+        secret: str | None = None,
+        keeps_weights: bool = False,
+        journal: Path | None = None,
     ) -> None:
         steps = settings.steps
         gate = StalenessGate(settings.max_staleness, steps.prompts)
@@ -190,26 +238,101 @@ class StreamHost:
             first_group=settings.first_group,
         )
         self._stages = settings.stages
+        self._anew = None if journal is not None and journal.exists() else (settings.version, settings.limit)
         self._is_over = False
+        self._before = None
+        self._own_recovery_ms: list[float] = []
+        self._fleets: list[WorkerFleet] = []
         with contextlib.ExitStack() as stack:
             tasks = settings.stages.tasks(self.plan)
             self.queue = stack.enter_context(
-                TransferQueue(settings.stages.schema, tasks, lease_timeout_s=settings.lease_timeout_s, secret=secret)
+                TransferQueue(
+                    settings.stages.schema,
+                    tasks,
+                    lease_timeout_s=settings.lease_timeout_s,
+                    secret=secret,
+                    journal=journal,
+                    hear_note=self._hear,
+                    snapshot=settings.snapshot,
+                )
             )
+            if self._before is not None:
+                self._settle()
+            if journal is not None:
+                self.plan.keep = self._keep
+                with self.queue.control.lock, self.plan.changed:
+                    self._keep()
             self.server = stack.enter_context(TransferQueueServer(self.queue, port))
             weights = settings.weights
             if keeps_weights:
                 weights = {name: keep(address) for name, address in weights.items()}
             self.surroundings = Surroundings(self.server.endpoint, self.server.secret, weights)
-            self._fleets = [
-                stack.enter_context(WorkerFleet(team, self.surroundings, settings.log_dir)) for team in settings.teams
-            ]
+            for team in settings.teams:
+                fleet = WorkerFleet(team, self.surroundings, settings.log_dir, self._wanted().get(team.role))
+                self._fleets.append(stack.enter_context(fleet))
+            self.address = HostAddress(self.server.endpoint, self.server.secret, str(journal or ""))
             self._resources = stack.pop_all()
+        if settings.lost_s is not None:
+            self._own_recovery_ms.append(1e3 * (clock.now_s() - settings.lost_s))
+
+    # ------------------------------------------------------------------ another process
+    def _hear(self, note: bytes) -> None:
+        """Take over from a host that is gone, before its rows come."""
+        self._before = msgspec.msgpack.decode(note, type=HostState)
+        self.plan.load(self._before.plan)
+        if self._anew is not None:
+            self.plan.begin_anew(*self._anew)
+        for worker in self._before.workers:
+            if worker.state != "ended":  # it has ended with its host
+                worker.state = "lost"
+
+    def _settle(self) -> None:
+        """Bring the plan to where the queue is: it may have come further than the last note."""
+        with self.queue.control.lock:
+            groups, open_rows = self.queue.control.tagged(GROUP, self._stages.trained)
+            self.plan.settle(groups, open_rows)
+            for task in self._stages.trained:
+                for pool in self.queue.control.ledger.pools(task):
+                    assert isinstance(pool.sampler, StepSampler)
+                    pool.sampler.settle(groups, open_rows[task])
+                self.queue.control.refresh(task)
+
+    def snapshot(self) -> bytes:
+        """Return rows and prompts that are under way, for the host of a run that goes on from a checkpoint."""
+        with self.queue.control.lock:
+            note = msgspec.msgpack.encode(HostState(self.plan.state(), {}, [], 0, {}))
+            # The critic's values are of the weights that are trained next.
+            return self.queue.snapshot(note, without=(CRITIC, VALUES) if self._stages.has_critic else None)
+
+    def _keep(self) -> None:
+        """Write down what the next host must know."""
+        state = HostState(self.plan.state(), self._wanted(), self._workers(), self._num_replaced(), self._recovery_ms())
+        self.queue.note(msgspec.msgpack.encode(state))
+
+    def _wanted(self) -> dict[str, int]:
+        before = {} if self._before is None else self._before.wanted
+        return before | {fleet.role: fleet.num_wanted for fleet in self._fleets}
+
+    def _workers(self) -> list[WorkerRecord]:
+        before = [] if self._before is None else self._before.workers
+        return [*before, *(record for fleet in self._fleets for record in fleet.records())]
+
+    def _num_replaced(self) -> int:
+        before = 0 if self._before is None else self._before.num_replaced
+        return before + sum(fleet.num_replaced for fleet in self._fleets)
+
+    def _recovery_ms(self) -> dict[str, list[float]]:
+        found = {} if self._before is None else {role: list(some) for role, some in self._before.recovery_ms.items()}
+        for role, some in (("queue", self._own_recovery_ms), *((one.role, one.recovery_ms) for one in self._fleets)):
+            if some:
+                found.setdefault(role, []).extend(some)
+        return found
 
     # ------------------------------------------------------------------ prompts
     def resume(self) -> int:
         """Say that prompts come from somebody else from now on. Returns the number of the next group."""
-        return self.plan.resume()
+        with self.queue.control.lock:  # it comes before the plan's own
+            return self.plan.resume()
 
     def wait_for_room(self, timeout_s: float) -> int:
         """Return how many prompt groups may begin now; 0 if none may in time."""
@@ -218,20 +341,19 @@ class StreamHost:
             plan.changed.wait_for(lambda: self._is_over or plan.room(), timeout_s)
             return 0 if self._is_over else plan.room()
 
-    def begin(self, count: int) -> tuple[int, int]:
-        """Begin prompt groups, whose prompts are put next.
-
-        Returns:
-            The first one's number, and the policy version that may generate them at the earliest.
+    def begin(self, first_group: int, count: int) -> int:
+        """Begin prompt groups, whose prompts are put next; see :meth:`StepPlan.begin`.
 
         Raises:
             StalenessExceededError: there is no room for them.
         """
-        return self.plan.begin(count)
+        with self.queue.control.lock:
+            return self.plan.begin(first_group, count)
 
     def end_prompts(self) -> None:
         """Say that there are no more prompts."""
-        self.plan.end_prompts()
+        with self.queue.control.lock:
+            self.plan.end_prompts()
         self._refresh()
 
     # ------------------------------------------------------------------ steps
@@ -241,12 +363,14 @@ class StreamHost:
         Args:
             version: of the policy after it.
         """
-        self.plan.step_done(version)
+        with self.queue.control.lock:
+            self.plan.step_done(version)
         self._refresh()
 
     def finish(self, version: int) -> None:
         """No rank will redo a step that starts from an earlier version."""
-        self.plan.finalize(version)
+        with self.queue.control.lock:
+            self.plan.finalize(version)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -264,19 +388,19 @@ class StreamHost:
         plan, statistics = self.plan, self.queue.statistics()
         with plan.changed:
             return HostView(
+                pid=os.getpid(),
                 queue=statistics,
                 version=plan.gate.version,
                 num_open=plan.gate.num_open,
                 num_begun=plan.num_begun,
                 room=plan.room(),
-                is_last=plan.is_last,
                 num_decided=plan.num_decided(UPDATE),
-                num_dropped=plan.num_failed + plan.num_uninformative,
                 num_failed_in_a_row=plan.num_failed_in_a_row,
                 num_uninformative=plan.num_uninformative,
                 num_uninformative_in_a_row=plan.num_uninformative_in_a_row,
-                workers=[record for fleet in self._fleets for record in fleet.records()],
-                num_replaced=sum(fleet.num_replaced for fleet in self._fleets),
+                workers=self._workers(),
+                num_replaced=self._num_replaced(),
+                recovery_ms=self._recovery_ms(),
                 failure=self.failure,
             )
 
@@ -295,6 +419,9 @@ class StreamHost:
             roles = ", ".join(fleet.role for fleet in self._fleets) or "none"
             raise ConfigurationError(f"the run has no {role!r} workers; it has {roles}")
         fleet.scale(num_workers)
+        if self.queue.journal is not None:
+            with self.queue.control.lock, self.plan.changed:
+                self._keep()
 
     def end_workers(self) -> None:
         """End workers; afterwards :meth:`view` has all that they had to tell."""

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 
 from lightning_flashrl import clock
-from lightning_flashrl.asyncrl.host import HostView, StreamHost
+from lightning_flashrl.asyncrl.host import HostAddress, HostView, StreamHost
 from lightning_flashrl.engines.process import Surroundings
+from lightning_flashrl.errors import QueueUnavailableError
 from lightning_flashrl.streaming import TransferQueueClient
 
 _POLL_S = 0.01
 _AnswerT = TypeVar("_AnswerT")
-
-
-class HostAddress(msgspec.Struct, frozen=True):
-    """Where a host is, or will be.
-
-    Attributes:
-        endpoint: of its queue.
-        secret: of its queue.
-    """
-
-    endpoint: str
-    secret: str
 
 
 class _Call(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -47,6 +38,7 @@ class AskRoom(_Call, frozen=True):
 class Begin(_Call, frozen=True):
     """See :meth:`StreamHost.begin`."""
 
+    first_group: int
     count: int
 
 
@@ -77,6 +69,10 @@ class View(_Call, frozen=True):
     """See :meth:`StreamHost.view`."""
 
 
+class TakeSnapshot(_Call, frozen=True):
+    """See :meth:`StreamHost.snapshot`."""
+
+
 class AskFailure(_Call, frozen=True):
     """Has a worker's failure ended the run? Its name and reason, if so."""
 
@@ -103,6 +99,7 @@ _decode = msgspec.msgpack.Decoder(
     | Finish
     | Scale
     | View
+    | TakeSnapshot
     | AskFailure
     | End
     | AskLast
@@ -116,8 +113,10 @@ class RemoteHost:
 
     Args:
         address: of the host.
+        on_lost: starts the next host when this one is gone; ``None`` waits for who does.
 
     Attributes:
+        address: of the host.
         queue: a client of its queue.
         surroundings: what clients must know.
 
@@ -125,8 +124,9 @@ class RemoteHost:
         QueueUnavailableError: there is none.
     """
 
-    def __init__(self, address: HostAddress) -> None:
-        self.queue = TransferQueueClient(address.endpoint, address.secret)
+    def __init__(self, address: HostAddress, on_lost: Callable[[], None] | None = None) -> None:
+        self.address = address
+        self.queue = TransferQueueClient(address.endpoint, address.secret, on_lost=on_lost)
         self.surroundings = self._ask(AskSurroundings(), Surroundings)
         self._last: HostView | None = None
 
@@ -144,9 +144,9 @@ class RemoteHost:
             clock.sleep(_POLL_S)
         return room
 
-    def begin(self, count: int) -> tuple[int, int]:
+    def begin(self, first_group: int, count: int) -> int:
         """See :meth:`StreamHost.begin`."""
-        return self._ask(Begin(count), tuple[int, int])
+        return self._ask(Begin(first_group, count), int)
 
     def end_prompts(self) -> None:
         """See :meth:`StreamHost.end_prompts`."""
@@ -168,14 +168,22 @@ class RemoteHost:
         """See :meth:`StreamHost.view`."""
         return self._last or self._ask(View(), HostView)
 
+    def snapshot(self) -> bytes:
+        """See :meth:`StreamHost.snapshot`."""
+        return self._ask(TakeSnapshot(), bytes)
+
     def close(self) -> None:
         """End the host, and wait until it has ended its workers."""
         if self._last is None:
-            self._ask(End(), type(None))
-            while not (last := self._ask(AskLast(), list[HostView])):
+            last: list[HostView] = []
+            while not last:
+                self._ask(End(), type(None))  # again and again: perhaps to its successor
+                last = self._ask(AskLast(), list[HostView])
                 clock.sleep(_POLL_S)
             [self._last] = last
-            self._ask(Leave(), type(None))
+            self.queue.reconnect_timeout_s = 0.0
+            with contextlib.suppress(QueueUnavailableError):
+                self._ask(Leave(), type(None))
             self.queue.disconnect()
 
 
@@ -216,8 +224,8 @@ class HostService:
                 return host.resume()
             case AskRoom():
                 return host.wait_for_room(0.0)
-            case Begin(count=count):
-                return host.begin(count)
+            case Begin(first_group=first_group, count=count):
+                return host.begin(first_group, count)
             case EndPrompts():
                 host.end_prompts()
             case StepDone(version=version):
@@ -228,6 +236,8 @@ class HostService:
                 host.scale(role, num_workers)
             case View():
                 return host.view()
+            case TakeSnapshot():
+                return host.snapshot()
             case AskFailure():
                 return host.failure
             case End():

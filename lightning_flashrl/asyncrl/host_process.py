@@ -1,6 +1,7 @@
 """The host of a run in a process of its own, which outlives any rank, and how ranks reach it.
 
-Rank 0 starts it; the root of this node adopts it. It ends when it is told to, or with the root.
+Rank 0 starts it; the root of this node adopts it. It ends when it is told to, or with the root. When it dies, rank 0,
+or its successor, starts the next one, which goes on from the journal; everybody else waits for that.
 
 ======================  =====================================  ==========================
 who                     waits for                              unblocked by
@@ -11,38 +12,53 @@ the host's main thread  the order to end                       rank 0, the root'
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import pickle
 import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
-from lightning_flashrl.asyncrl.host import HostSettings, StreamHost
-from lightning_flashrl.asyncrl.host_calls import HostAddress, HostService, RemoteHost
+from lightning_flashrl import clock
+from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, StreamHost
+from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.process import die_with_parent
 from lightning_flashrl.supervisor.service import free_port
+from lightning_flashrl.weights import WeightsAddress, keep
 
 _FIND_TIMEOUT_S = 1.0
+_LOOK_S = 0.2
+_KILL_TIMEOUT_S = 10.0
 _READY = b"ready"
 
 
 class HostHome:
-    """Where the host of a fit is written down, so that rank 0's successor finds it.
+    """Where the host of a fit is written down, so that rank 0's successor finds it, and who starts it.
 
     Args:
         client: of the rank.
         fit: number of the fit.
+
+    Attributes:
+        settings: returns what the next host must know; ``None`` until that is known.
     """
 
     def __init__(self, client: RankClient, fit: int) -> None:
+        self.settings: Callable[[], HostSettings] | None = None
         self._client = client
         self._key = f"asyncrl/{fit}"
+        self._address: HostAddress | None = None
 
     def find(self) -> RemoteHost | None:
         """Return the host that this rank's predecessor has left, if there is one.
@@ -54,43 +70,112 @@ class HostHome:
             return None
         try:
             found = client.store_get(self._key, _FIND_TIMEOUT_S)
-            host = RemoteHost(msgspec.json.decode(found, type=HostAddress))
-        except (TimeoutError, QueueUnavailableError):
+        except TimeoutError:
+            return None
+        address = msgspec.json.decode(found, type=HostAddress)
+        if client.is_newcomer:
+            self._address = address
+        try:
+            socket.create_connection(("127.0.0.1", address.port), _FIND_TIMEOUT_S).close()  # refused at once
+            host = RemoteHost(address, self._revive)
+        except (OSError, QueueUnavailableError):
             return None
         if client.is_newcomer:
             return host
         host.close()
         return None
 
-    def start(self, settings: HostSettings) -> RemoteHost:
-        """Start a host.
+    def keep_weights(self, weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress]:
+        """Keep the memory of the weights in this rank, for the case that host and rank 0 die together.
+
+        Raises:
+            ConfigurationError: it cannot be mapped from here.
+        """
+        kept = {name: keep(address) for name, address in weights.items()}
+        self._client.store_set(self._weights_key(self._client.global_rank), msgspec.json.encode(kept))
+        return kept
+
+    def find_weights(self) -> dict[str, WeightsAddress] | None:
+        """Return the weights that other ranks have kept, if this rank has a predecessor."""
+        if not self._client.is_newcomer:
+            return None
+        for rank in range(self._client.world_size):
+            with contextlib.suppress(TimeoutError, ConfigurationError):
+                found = self._client.store_get(self._weights_key(rank), _LOOK_S)
+                kept = msgspec.json.decode(found, type=dict[str, WeightsAddress])
+                return {name: keep(address) for name, address in kept.items()}
+        return None
+
+    def _weights_key(self, rank: int) -> str:
+        return f"{self._key}/weights/{rank}"
+
+    def start(self, settings: Callable[[], HostSettings]) -> RemoteHost:
+        """Start a host, or the next one when this rank's predecessor has left a journal and no host.
+
+        Args:
+            settings: returns what it must know, now or when another one must be started.
 
         Raises:
             ConfigurationError: it does not come up.
         """
-        address = HostAddress(f"tcp://127.0.0.1:{free_port()}", secrets.token_hex(16))
-        self._client.store_set(self._key, msgspec.json.encode(address))
-        failure = _start(address, settings)
-        if failure:
-            raise ConfigurationError(f"the process of the queue did not come up: {failure}")
-        return RemoteHost(address)
+        self.settings = settings
+        made = settings()
+        if self._address is None:
+            token = secrets.token_hex(16)
+            folder = Path(tempfile.gettempdir()) if made.log_dir is None else made.log_dir.resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            journal = str(folder / f"queue-{token[:8]}.journal")
+            self._address = HostAddress(f"tcp://127.0.0.1:{free_port()}", token, journal)
+            self._client.store_set(self._key, msgspec.json.encode(self._address))
+        self._start(made)
+        return RemoteHost(self._address, self._revive)
+
+    def _revive(self) -> None:
+        """Start the next host: this one is gone, or says nothing any more.
+
+        Raises:
+            ConfigurationError: it does not come up.
+        """
+        if self.settings is None:
+            raise QueueUnavailableError("the run's host", 0.0, "go on with it: it is gone, and its weights with it")
+        lost_s = clock.now_s()
+        self._start(dataclasses.replace(self.settings(), lost_s=lost_s))
+
+    def _start(self, settings: HostSettings) -> None:
+        assert self._address is not None
+        _end_hosts(self._address)
+        told = _start(self._address, settings)
+        if told != _READY:
+            why = told.decode() or "it died; its output says why"
+            raise ConfigurationError(f"the process of the queue did not come up: {why}")
 
 
-def _start(address: HostAddress, settings: HostSettings) -> str:
-    """Start the process as a child of the root; return once it serves, or why it does not."""
+def _end_hosts(address: HostAddress) -> None:
+    """Kill a host of this address that hangs, or that a predecessor has begun to start; wait until it is gone."""
+    mine = {__name__.encode(), address.journal.encode()}
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    select.select([pidfd], [], [], _KILL_TIMEOUT_S)
+            finally:
+                os.close(pidfd)
+
+
+def _start(address: HostAddress, settings: HostSettings) -> bytes:
+    """Start the process as a child of the root; return what it says once it serves, or why it does not."""
     payload_fd = os.memfd_create("flashrl-host")
     os.write(payload_fd, pickle.dumps((address, settings, sys.path)))
     read_fd, write_fd = os.pipe()
     try:
-        start_below_root(__name__, [str(payload_fd), str(write_fd)], [payload_fd, write_fd])
+        start_below_root(__name__, [str(payload_fd), str(write_fd), address.journal], [payload_fd, write_fd])
     finally:
         os.close(payload_fd)
         os.close(write_fd)
     with os.fdopen(read_fd, "rb") as told:
-        word = told.read()
-    if word == _READY:
-        return ""
-    return word.decode() or "it died; its output says why"
+        return told.read()
 
 
 def start_below_root(module: str, arguments: Sequence[str], fds: Sequence[int] = ()) -> None:
@@ -104,7 +189,7 @@ def start_below_root(module: str, arguments: Sequence[str], fds: Sequence[int] =
 # --------------------------------------------------------------------------- the host's process
 def main() -> None:
     """Be a host until the run or the root ends."""
-    root_pid, payload_fd, told_fd = map(int, sys.argv[1:])
+    root_pid, payload_fd, told_fd = map(int, sys.argv[1:-1])  # the last one is for who looks at its command line
     die_with_parent(root_pid)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks are stopped; then this process, in its own way
     with os.fdopen(payload_fd, "rb") as file:
@@ -112,19 +197,26 @@ def main() -> None:
         address, settings, sys.path[:] = pickle.load(file)
     try:
         host = StreamHost(
-            settings, port=int(address.endpoint.rpartition(":")[2]), secret=address.secret, keeps_weights=True
+            settings,
+            port=address.port,
+            secret=address.secret,
+            keeps_weights=True,
+            journal=Path(address.journal),
         )
     except FlashRLError as error:
-        os.write(told_fd, str(error).encode())
+        with contextlib.suppress(BrokenPipeError):  # who started it is gone
+            os.write(told_fd, str(error).encode())
         sys.exit(1)
     service = HostService(host)
-    os.write(told_fd, _READY)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(told_fd, _READY)
     os.close(told_fd)
     service.is_ending.wait()
     host.end_workers()
     service.last = [host.view()]
     service.may_leave.wait()
     host.close()
+    Path(address.journal).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

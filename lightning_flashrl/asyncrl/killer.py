@@ -29,7 +29,9 @@ from lightning_flashrl.asyncrl.processes import ProcessEntry, is_alive, read_pro
 from lightning_flashrl.supervisor.process import die_with_parent
 
 _LOOK_S = 0.1
-ROLES = ("trainer", "rollout", "reward", "reference")
+_ONLY = -1
+"""Rank of a process that is the only one of its role."""
+ROLES = ("trainer", "queue", "supervisor", "rollout", "reward", "reference")
 """Whose processes may die in a run under ``flash_ddp``."""
 
 
@@ -40,10 +42,12 @@ class Strike:
     Attributes:
         step: optimizer steps of the run before it.
         role: of the process.
-        rank: its number among those of its role.
+        rank: its number among those of its role; −1 if there is only one.
 
     >>> Strike.parse("rollout 0 at step 12")
     Strike(step=12, role='rollout', rank=0)
+    >>> Strike.parse("queue at step 3")
+    Strike(step=3, role='queue', rank=-1)
     """
 
     step: int
@@ -60,6 +64,8 @@ class Strike:
         match text.split():
             case [role, rank, "at", "step", step] if rank.isdecimal() and step.isdecimal() and role in ROLES:
                 return cls(int(step), role, int(rank))
+            case ["queue" | "supervisor" as role, "at", "step", step] if step.isdecimal():
+                return cls(int(step), role, _ONLY)
         raise ValueError(f"{text!r} is no strike; write 'ROLE RANK at step STEP', with a role of {', '.join(ROLES)}")
 
 
@@ -114,7 +120,7 @@ class Killer:
         self._roles = tuple(roles)
         self._random = random.Random(seed)
         self._left = max_kills
-        self._struck_at = -1
+        self._struck_at = -2
         """Step of the run when a trainer rank was killed last: the next must not die before all have gone on."""
 
     def run(self) -> None:
@@ -140,7 +146,7 @@ class Killer:
     def _victim(self, strike: Strike) -> ProcessEntry | None:
         if strike.role == "trainer" and not self._may_lose_a_rank():
             return None
-        return next((one for one in self._run.processes(strike.role) if one.rank == strike.rank), None)
+        return next((one for one in self._run.processes(strike.role) if strike.rank in (_ONLY, one.rank)), None)
 
     def _any_victim(self) -> ProcessEntry | None:
         roles = [role for role in self._roles if role != "trainer" or self._may_lose_a_rank()]
@@ -148,7 +154,7 @@ class Killer:
         return self._random.choice(found) if found else None
 
     def _may_lose_a_rank(self) -> bool:
-        return self._run.step() > self._struck_at
+        return self._run.step() > self._struck_at + 1  # the one after it may have been committed before
 
     def _kill(self, victim: ProcessEntry | None) -> bool:
         if victim is None:

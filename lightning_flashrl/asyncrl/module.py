@@ -194,7 +194,9 @@ class AsyncRL(L.LightningModule):
         address = trainer.strategy.broadcast(address)
         if not trainer.is_global_zero:
             assert address is not None
-            data.join(address, trainer.global_rank, stages)
+            data.join(address, trainer.global_rank, stages, self._home())
+        if isinstance(trainer.strategy, FlashDDPStrategy) and trainer.strategy.runtime is not None:
+            data.session().held = trainer.strategy.runtime.held
 
     def _home(self) -> HostHome | None:
         """Where ranks that may die find what they share; ``None`` where ranks end together."""
@@ -268,7 +270,7 @@ class AsyncRL(L.LightningModule):
                     self._backward(rows, metrics, version)
         found = self._gathered(metrics)
         if not found["rows"]:  # no more prompts: all ranks hear of it here, only rank 0 elsewhere
-            self.trainer.should_stop = True
+            self.data.is_over = self.trainer.should_stop = True
             return
         self._update(session, found["count"], found.pop("value_count"))
         session.step_done(self.trainer_engine.weights(), self.policy_version)

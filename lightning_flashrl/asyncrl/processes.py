@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_flashrl import clock
+from lightning_flashrl.supervisor.root import SUPERVISOR_NAME
 
 _SAME_S = 1.0
 """The wall clock may be set by less than this while a run goes on."""
@@ -21,7 +22,7 @@ class ProcessEntry:
     """One process of a run.
 
     Attributes:
-        role: ``"trainer"``, ``"rollout"``, … ; ``"supervisor"`` for the rest of the tree.
+        role: ``"trainer"``, ``"rollout"``, … ; ``"root"`` and ``"supervisor"`` of the node; ``"other"`` for the rest.
         rank: number within the role; −1 where there is none.
         pid: its number.
         since_s: start, in seconds since the Unix epoch.
@@ -39,6 +40,7 @@ class ProcessEntry:
 class _Seen:
     pid: int
     parent: int
+    name: str
     state: str
     since_s: float
 
@@ -52,9 +54,10 @@ def _look_around() -> dict[int, _Seen]:
 def _look_at(pid: int) -> _Seen | None:
     """Return what the kernel says of a process; ``None`` if there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        names, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+        fields = rest.split()
         began_s = clock.wall_s() - clock.now_s() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return _Seen(pid, int(fields[1]), fields[0], began_s)
+        return _Seen(pid, int(fields[1]), names.partition("(")[2], fields[0], began_s)
     return None
 
 
@@ -77,7 +80,9 @@ def list_processes(root_pid: int, known: Mapping[int, tuple[str, int, str]]) -> 
         line += [child for child in children.get(pid, ()) if child not in tree]
     entries = []
     for pid in sorted(tree):
-        role, rank, word = known.get(pid, ("supervisor", -1, ""))
+        role, rank, word = known.get(pid, ("root" if pid == root_pid else "other", -1, ""))
+        if pid not in known and pid in seen and seen[pid].name == SUPERVISOR_NAME:
+            role = "supervisor"
         if pid not in seen or seen[pid].state in "ZX":
             if pid in known:
                 entries.append(ProcessEntry(role, rank, pid, 0.0, "ended"))

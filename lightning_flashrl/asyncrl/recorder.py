@@ -25,22 +25,24 @@ from lightning_flashrl.asyncrl.history import (
     read_history,
     read_kills,
 )
-from lightning_flashrl.asyncrl.host_calls import HostAddress
+from lightning_flashrl.asyncrl.host import HostAddress
 from lightning_flashrl.asyncrl.module import AsyncRL
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
 from lightning_flashrl.asyncrl.session import LeadSession
 from lightning_flashrl.errors import FlashRLError
+from lightning_flashrl.supervisor.protocol import RecoveryRecord
 
 _LOOK_S = 0.5
 _RANKS = ".ranks"
 """Where each rank leaves its process number."""
-_BEGAN = "began"
-"""… and rank 0 when training began, for its successors."""
+_BEGAN, _BOOKS = "began", "books"
+"""… and rank 0, for its successors, when training began, and what had become of all rows at its end."""
 _WINDOW = 5
 """Steps at either end over which the summary's first and last reward are averaged."""
 
 SUMMARY_KEYS = {
     "steps": "optimizer steps",
+    "steps_lost": "optimizer steps that are missing in the history; 0 unless something broke",
     "reward_first": f"mean reward of the rows of the first {_WINDOW} steps",
     "reward_last": f"mean reward of the rows of the last {_WINDOW} steps",
     "accuracy_first": "share of held-out problems answered rightly before training, sampled as rollouts are",
@@ -62,6 +64,7 @@ SUMMARY_KEYS = {
     "exposed_sync_s": "time that training waited for the copy of its weights",
     "workers_replaced": "rollout workers that died and were replaced",
     "recoveries": "recoveries of trainer ranks",
+    "recovery_ms": "by role, from the loss of each process until its successor was at work",
     "kills": "processes of the run that were killed on purpose",
     "wall_s": "time from the start of the rollout workers to the end of training",
     "weights_sha256": "hash of the trained weights",
@@ -99,7 +102,8 @@ class RunRecorder(L.Callback):
         self._last_step = 0.0
         self._pid = os.getpid()
         self._is_successor = False
-        self._books: dict[str, float] = {}
+        self._books: dict[str, Any] = {}
+        self._rank_recovery_ms: list[float] = []
         self._began_s = 0.0
         self._ended_s = 0.0
         self._announced: HostAddress | None = None
@@ -118,6 +122,7 @@ class RunRecorder(L.Callback):
             for name in (HISTORY, "summary.json", KILLS):
                 (self.output_dir / name).unlink(missing_ok=True)
             (ranks / _BEGAN).unlink(missing_ok=True)
+            (ranks / _BOOKS).unlink(missing_ok=True)
             self._began_s = 0.0
         else:
             self._is_successor = True
@@ -139,7 +144,9 @@ class RunRecorder(L.Callback):
             if isinstance(session, LeadSession):
                 self._announce(session)
                 with contextlib.suppress(FlashRLError):  # said in the training loop
-                    known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in session.view().workers}
+                    view = session.view()
+                    known = {view.pid: ("queue", -1, "")} | known
+                    known |= {worker.pid: (worker.role, worker.rank, worker.state) for worker in view.workers}
             root = os.getppid() if "FLASHRL_SLOT_FDS" in os.environ else os.getpid()  # a rank's parent is the root
             with contextlib.suppress(OSError):
                 write_processes(self.output_dir / "processes.json", list_processes(root, known))
@@ -167,6 +174,8 @@ class RunRecorder(L.Callback):
         if self._is_successor and runtime is not None and not runtime.is_newcomer:  # the job goes on from a checkpoint
             assert isinstance(pl_module, AsyncRL)
             mend_history(self.output_dir, pl_module.policy_version)
+            for path in (self.output_dir / _RANKS / _BOOKS, self.output_dir / "summary.json"):
+                path.unlink(missing_ok=True)
         if not self._began_s:
             self._began_s = clock.now_s()
             if trainer.is_global_zero:
@@ -203,13 +212,28 @@ class RunRecorder(L.Callback):
         line = {"step": trainer.global_step, "at_s": at_s, **metrics}
         append_history(self.output_dir, {"kind": "validation", **line})
 
+    def on_recovery_end(self, trainer: L.Trainer, pl_module: L.LightningModule, record: RecoveryRecord) -> None:
+        """Take down how long a rank was gone; see :class:`~lightning_flashrl.FlashRecovery`."""
+        if record.lost and record.is_complete:
+            self._rank_recovery_ms.append(record.timings_ms["total"])
+
     # ------------------------------------------------------------------ the end
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Balance the books while the queue is there."""
         self._ended_s = clock.now_s()
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, StreamingDataModule) and isinstance(data.current_session, LeadSession):
-            self._books = data.current_session.books()
+            path = self.output_dir / _RANKS / _BOOKS
+            known = [found for found in (path, self.output_dir / "summary.json") if found.exists()]
+            if known:  # a predecessor has done so, and perhaps ended the queue
+                self._books = json.loads(known[0].read_text())
+            else:
+                session = data.current_session
+                recovery_ms = {"trainer": self._rank_recovery_ms, **session.view().recovery_ms}
+                self._books = {**session.books(), "recovery_ms": recovery_ms}
+                beside = path.with_suffix(".tmp")
+                beside.write_text(json.dumps(self._books))
+                beside.replace(path)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary."""
@@ -253,6 +277,7 @@ class RunRecorder(L.Callback):
 
         found = {
             "steps": module.policy_version,
+            "steps_lost": int(max((step["step"] for step in steps), default=0)) - len({step["step"] for step in steps}),
             "reward_first": mean("reward", steps[:_WINDOW]),
             "reward_last": mean("reward", steps[-_WINDOW:]),
             "accuracy_first": accuracy("sampled", 0),
@@ -271,6 +296,7 @@ class RunRecorder(L.Callback):
             "exposed_sync_s": books.get("exposed_sync_s", 0.0),
             "workers_replaced": int(books.get("workers_replaced", 0)),
             "recoveries": getattr(module.trainer.strategy, "num_recoveries", 0),
+            "recovery_ms": books.get("recovery_ms", {}),
             "kills": len(read_kills(self.output_dir)),
             "wall_s": self._ended_s - self._began_s,
             "weights_sha256": weights_sha256(dict(module.trainer_engine.weights())),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_flashrl import clock
-from lightning_flashrl.asyncrl.host_calls import HostAddress
+from lightning_flashrl.asyncrl.host import HostAddress
 from lightning_flashrl.asyncrl.prompts import Backlog, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.session import (
     LeadSession,

@@ -23,8 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_flashrl import clock
-from lightning_flashrl.asyncrl.host import HostSettings, HostView, StreamHost
-from lightning_flashrl.asyncrl.host_calls import HostAddress, HostService, RemoteHost, find_failure
+from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, HostView, StreamHost
+from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost, find_failure
 from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
@@ -34,10 +34,10 @@ from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
 from lightning_flashrl.engines.process import POLICY, REFERENCE_POLICY, Team, WorkerSettings
 from lightning_flashrl.engines.reference import ReferenceSettings
 from lightning_flashrl.engines.reward_task import RewardSettings
-from lightning_flashrl.errors import EndOfStream, LeaseTimeoutError, WorkerFailedError, WouldBlock
-from lightning_flashrl.streaming import Lease, QueueVerbs, TransferQueueClient
+from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseTimeoutError, WorkerFailedError, WouldBlock
+from lightning_flashrl.streaming import Lease, QueueVerbs
 from lightning_flashrl.tasks import RewardFn
-from lightning_flashrl.weights import Swap, WeightPublisher, WeightsAddress
+from lightning_flashrl.weights import Swap, WeightPublisher, WeightsAddress, keep
 
 _MAX_FAILED = 64
 """So many rows, and two steps' worth of them, may fail one after the other before a run is given up."""
@@ -157,7 +157,11 @@ class Session:
     Attributes:
         waited_s: time without a micro-batch since the first one came, and since :meth:`take_waited_s`.
         began_s: when the first one came, on :func:`lightning_flashrl.clock.now_s`: rollout workers had started then.
+        held: around each wait for rows. A rank that waits for what a lost rank should do has come to where the recovery
+            may begin.
     """
+
+    held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def __init__(
         self,
@@ -271,15 +275,16 @@ class Session:
         if version != self._version:  # the rows of the last step are final now, and no longer this rank's
             self._version, self._held = version, []
             self._num_taken.clear()
-        lease = self._queue.lease(
-            task,
-            self.stages.fields(task),
-            tokens=self._steps.micro_batch_tokens,
-            policy_version=version,
-            replica_rank=self._replica_rank,
-            micro_batch=self._num_taken[task],
-            timeout_s=timeout_s,
-        )
+        with self.held():
+            lease = self._queue.lease(
+                task,
+                self.stages.fields(task),
+                tokens=self._steps.micro_batch_tokens,
+                policy_version=version,
+                replica_rank=self._replica_rank,
+                micro_batch=self._num_taken[task],
+                timeout_s=timeout_s,
+            )
         self._num_taken[task] += 1
         return lease
 
@@ -324,6 +329,7 @@ class RankSession(Session):
         replica_rank: which data-parallel replica this is.
         stages: the run's tasks.
         record: where micro-batches are written down; ``None`` for nowhere.
+        home: of the host, where ranks may die.
     """
 
     def __init__(
@@ -333,8 +339,12 @@ class RankSession(Session):
         replica_rank: int,
         stages: Stages,
         record: StepRecord | None = None,
+        home: HostHome | None = None,
     ) -> None:
-        self._client = TransferQueueClient(address.endpoint, address.secret)
+        host = RemoteHost(address)
+        self._client = host.queue
+        if home is not None:
+            home.keep_weights(host.surroundings.weights)
         super().__init__(self._client, steps, replica_rank, stages, record)
 
     def check(self) -> None:
@@ -397,6 +407,7 @@ class LeadSession(Session):
         log_dir: where workers' output goes; ``None`` leaves it in the terminal.
         lease_timeout_s: how long rows are a worker's or rank's without a word of it.
         record: where micro-batches are written down; ``None`` for nowhere.
+        snapshot: of the session from whose checkpoint this one goes on; ``None`` to begin with nothing.
 
     Attributes:
         address: for the other ranks.
@@ -420,17 +431,23 @@ class LeadSession(Session):
         log_dir: Path | None = None,
         lease_timeout_s: float,
         record: StepRecord | None = None,
+        snapshot: bytes | None = None,
     ) -> None:
         self._policy = policy
         self._has_warned = False
         with contextlib.ExitStack() as stack:
-            self._host: StreamHost | RemoteHost
-            found = None if home is None else home.find()
-            if found is not None:
-                self._host = found
-                self.publisher = stack.enter_context(WeightPublisher.attach(found.surroundings.weights[POLICY]))
-            else:
-                settings = HostSettings(
+            teams = tuple(
+                rollouts.teams(
+                    stages,
+                    workflow.swap,
+                    policy.reference,
+                    steps.micro_batch_tokens,
+                    num_standby=int(home is not None),
+                )
+            )
+
+            def settings() -> HostSettings:
+                return HostSettings(
                     steps=steps,
                     workflow=workflow,
                     max_staleness=0 if workflow.is_on_policy else max_staleness,
@@ -441,23 +458,34 @@ class LeadSession(Session):
                     redoes_steps=home is not None,
                     first_group=prompts.first_group,
                     lease_timeout_s=lease_timeout_s,
-                    weights=self._publish_first(stack),
-                    teams=tuple(
-                        rollouts.teams(
-                            stages,
-                            workflow.swap,
-                            policy.reference,
-                            steps.micro_batch_tokens,
-                            num_standby=int(home is not None),
-                        )
-                    ),
+                    weights=self._weights,
+                    teams=teams,
                     log_dir=log_dir,
+                    snapshot=snapshot,
                 )
-                self._host = _serve(StreamHost(settings)) if home is None else home.start(settings)
+
+            self._host: StreamHost | RemoteHost
+            if home is None:
+                self._weights = self._publish_first(stack)
+                self._host = _serve(StreamHost(settings()))
+            else:
+                found = home.find()
+                kept = None if found is None else _kept(found.surroundings.weights)
+                if found is not None and kept is None:  # it has died meanwhile
+                    found.queue.disconnect()
+                    found = None
+                weights = kept or home.find_weights()
+                if weights is None:
+                    self._weights = self._publish_first(stack)
+                else:
+                    self._weights = weights
+                    self.publisher = stack.enter_context(WeightPublisher.attach(weights[POLICY]))
+                home.settings = settings
+                self._host = found or home.start(settings)
             stack.callback(self._host.close)
             self._published = self.publisher.version
             self.queue = self._host.queue
-            self.address = HostAddress(self._host.surroundings.endpoint, self._host.surroundings.secret)
+            self.address = self._host.address
             super().__init__(self.queue, steps, 0, stages, record)
             self._feeder = Feeder(
                 self.queue, self._host, prompts.open_at, prompts.encode, group_size=steps.group_size, seed=prompts.seed
@@ -512,6 +540,10 @@ class LeadSession(Session):
         """Commit the rows of steps that no rank will redo."""
         self._host.finish(version)
 
+    def snapshot(self) -> bytes:
+        """Return rows and prompts that are under way, for a checkpoint."""
+        return self._host.snapshot()
+
     def scale(self, role: str, num_workers: int) -> None:
         """Add or remove workers; see :meth:`StreamHost.scale`."""
         self._host.scale(role, num_workers)
@@ -551,6 +583,14 @@ class LeadSession(Session):
     def close(self) -> None:
         """End workers, server and queue."""
         self._resources.close()
+
+
+def _kept(weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress] | None:
+    """Return where this process keeps weights that another keeps; ``None`` if that one is gone."""
+    try:
+        return {name: keep(address) for name, address in weights.items()}
+    except ConfigurationError:
+        return None
 
 
 def _serve(host: StreamHost) -> StreamHost:

@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from lightning_flashrl.engines.experience import prompt_rows
@@ -34,16 +35,50 @@ from lightning_flashrl.errors import ConfigurationError, EndOfStream, QueueClose
 from lightning_flashrl.streaming import Candidates, Demand, OldestFirst, QueueVerbs, Sampler
 from lightning_flashrl.tasks import Problem
 from lightning_flashrl.weights import StalenessGate
+from lightning_flashrl.weights.staleness import GateState
 
 TakeProblems = Callable[[int], list[Problem]]
 """Returns at most so many problems; waits for one if more will come, and returns none at the end."""
 UPDATE = "update"
 """The queue's task that trains."""
+VALUES = "values"
 CRITIC, CRITIC_UPDATE = "critic", "critic_update"
 """The queue's tasks that guess values, and that train the critic."""
-_GROUP, _REWARD = "prompt.group_id", "reward"
+GROUP = "prompt.group_id"
+"""The field that says which prompt group a row belongs to."""
+_REWARD = "reward"
 _LOOK_S = 0.2
 """How often a feeder that waits for room looks whether it should end."""
+
+
+class PlanState(msgspec.Struct, frozen=True):
+    """What a plan must know to go on in another process.
+
+    Attributes:
+        gate: state of the gate.
+        limit: groups to be trained in all; ``None`` for no limit.
+        next_group: number of the next group that begins.
+        num_begun: groups that have begun.
+        awaited: groups that have begun and are not in the queue yet.
+        first_rows: first row of each that is.
+        shares: rows by task and step, with replica rank and number of the micro-batch.
+        final_version: steps that start from earlier versions are final.
+        has_ended: there are no more prompts.
+        num_uninformative: rows that were replaced because their group had equal rewards.
+        num_uninformative_in_a_row: those since a step last took a group.
+    """
+
+    gate: GateState
+    limit: int | None
+    next_group: int
+    num_begun: int
+    awaited: list[int]
+    first_rows: dict[int, int]
+    shares: dict[str, dict[int, list[tuple[int, int, list[int]]]]]
+    final_version: int
+    has_ended: bool
+    num_uninformative: int
+    num_uninformative_in_a_row: int
 
 
 class StepPlan:
@@ -69,8 +104,8 @@ class StepPlan:
         has_ended: there are no more prompts.
         num_uninformative: rows that were replaced because their group had equal rewards.
         num_uninformative_in_a_row: those since a step last took a group.
-        num_failed: rows that were cleared before they were complete.
-        num_failed_in_a_row: those since the last complete one.
+        num_failed_in_a_row: rows that were cleared before they were complete, since the last complete one.
+        keep: is called after each change that :meth:`state` tells of, under :attr:`changed`.
     """
 
     def __init__(
@@ -101,8 +136,98 @@ class StepPlan:
         self.has_ended = False
         self.num_uninformative = 0
         self.num_uninformative_in_a_row = 0
-        self.num_failed = 0
         self.num_failed_in_a_row = 0
+        self.keep: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------------ another process
+    def state(self) -> PlanState:
+        """Return what :meth:`load` takes."""
+        with self.changed:
+            shares = {
+                task: {
+                    step: [(rank, number, rows) for (rank, number), rows in shares.items()]
+                    for step, shares in steps.items()
+                }
+                for task, steps in self.shares.items()
+            }
+            return PlanState(
+                self.gate.state(),
+                self.limit,
+                self.next_group,
+                self.num_begun,
+                sorted(self._awaited),
+                dict(self._first_rows),
+                shares,
+                self.final_version,
+                self.has_ended,
+                self.num_uninformative,
+                self.num_uninformative_in_a_row,
+            )
+
+    def load(self, state: PlanState) -> None:
+        """Go on where another plan, of the same settings, has stopped."""
+        with self.changed:
+            self.gate.load(state.gate)
+            self.limit = state.limit
+            self.next_group, self.num_begun = state.next_group, state.num_begun
+            self._awaited, self._first_rows = set(state.awaited), dict(state.first_rows)
+            self.final_version, self.has_ended = state.final_version, state.has_ended
+            self.num_uninformative = state.num_uninformative
+            self.num_uninformative_in_a_row = state.num_uninformative_in_a_row
+            for task, steps in state.shares.items():
+                for step, shares in steps.items():
+                    for rank, number, rows in shares:
+                        self.set_share(task, step, (rank, number), rows)
+
+    def begin_anew(self, version: int, limit: int | None) -> None:
+        """Go on from a checkpoint that this plan has been loaded from: no replica has any rows.
+
+        Args:
+            version: of the policy.
+            limit: groups to be trained from now on; ``None`` for no limit.
+        """
+        with self.changed:
+            for task, steps in self.shares.items():
+                for step in [step for step in steps if step >= version]:
+                    for rows in steps.pop(step).values():
+                        for row in rows:
+                            del self.homes[task][row]
+            self.gate.restored(version)
+            self.final_version = version
+            self.limit = None if limit is None else limit + self.gate.num_trained
+            self.has_ended = False
+            self.num_begun = self.gate.num_open
+
+    def set_share(self, task: str, step: int, share: tuple[int, int], rows: list[int]) -> None:
+        """A replica gets rows as a micro-batch of a step."""
+        self.shares.setdefault(task, {}).setdefault(step, {})[share] = rows
+        self.homes.setdefault(task, {}).update(dict.fromkeys(rows, (step, share)))
+
+    def settle(self, groups: Mapping[int, int], open_rows: Mapping[str, Set[int]]) -> None:
+        """Take note of what was done after the last state was told, as the queue has it.
+
+        Args:
+            groups: prompt group of each row in the queue.
+            open_rows: rows that each task which trains has not committed.
+        """
+        with self.changed:
+            for row in sorted(groups):
+                self.arrived(groups[row], row)
+            for task, steps in self.shares.items():
+                for shares in steps.values():
+                    for share, rows in shares.items():
+                        shares[share] = [row for row in rows if row in open_rows[task]]
+                self.homes[task] = {row: home for row, home in self.homes[task].items() if row in open_rows[task]}
+            members = self.members(groups, open_rows[UPDATE])
+            self.gate.drop([group for group, rows in members.items() if not rows])
+
+    def members(self, groups: Mapping[int, int], rows: Set[int]) -> dict[int, list[int]]:
+        """Return the rows of each group that is not trained yet, without those of a group that came twice."""
+        found: dict[int, list[int]] = {group: [] for group in self.gate.open_rows if group not in self._awaited}
+        for row in rows:
+            if groups[row] in found and self._has(groups[row], row):
+                found[groups[row]].append(row)
+        return found
 
     @property
     def is_last(self) -> bool:
@@ -119,19 +244,32 @@ class StepPlan:
         """Groups that are neither trained nor under way; those that fail are replaced."""
         return None if self.limit is None else max(0, self.limit - self.gate.num_trained - self.gate.num_open)
 
-    def begin(self, count: int) -> tuple[int, int]:
-        """Groups begin, whose prompts will be put next. Returns the first one's number, and the version to begin with.
+    def begin(self, first_group: int, count: int) -> int:
+        """Groups begin, whose prompts will be put next. To say so again changes nothing.
+
+        Args:
+            first_group: number of the first one: the next that has not begun.
+            count: how many.
+
+        Returns:
+            The oldest policy version that may generate them.
 
         Raises:
             StalenessExceededError: there is no room for them.
+            ConfigurationError: others should begin.
         """
         with self.changed:
-            groups = range(self.next_group, self.next_group + count)
+            groups = range(first_group, first_group + count)
+            if first_group != self.next_group:
+                if not self._awaited.issuperset(groups):
+                    raise ConfigurationError(f"group {first_group} begins, and should be {self.next_group}")
+                return self.gate.began(first_group)
             self.gate.begin(groups)
             self._awaited.update(groups)
             self.next_group += count
             self.num_begun += count
-            return groups.start, self.gate.version
+            self.keep()
+            return self.gate.version
 
     def arrived(self, group: int, row: int) -> bool:
         """Take note that a group is in the queue, from a row on; return whether these rows are those it has."""
@@ -139,7 +277,16 @@ class StepPlan:
             if group in self._awaited:
                 self._awaited.discard(group)
                 self._first_rows[group] = row
-            return self._first_rows.get(group) == row
+            return self._has(group, row)
+
+    def _has(self, group: int, row: int) -> bool:
+        first_row = self._first_rows.get(group)
+        return first_row is not None and first_row <= row < first_row + self.group_size
+
+    def keep_arrived(self) -> None:
+        """Groups are in the queue: that is kept before rows of them are leased."""
+        with self.changed:
+            self.keep()
 
     def resume(self) -> int:
         """Whoever gave prompts is gone: groups that did not arrive have not begun. Returns the next group's number."""
@@ -148,12 +295,14 @@ class StepPlan:
             self.num_begun -= len(self._awaited)
             self.next_group = min(self._awaited, default=self.next_group)
             self._awaited.clear()
+            self.keep()
             return self.next_group
 
     def end_prompts(self) -> None:
         """There are no more prompts."""
         with self.changed:
             self.has_ended = True
+            self.keep()
             self.changed.notify_all()
 
     def step_done(self, version: int) -> None:
@@ -169,12 +318,15 @@ class StepPlan:
                 self._first_rows = {group: row for group, row in self._first_rows.items() if group in is_open}
                 if not self.redoes_steps:
                     self.final_version = version
+                self.keep()
                 self.changed.notify_all()
 
     def finalize(self, version: int) -> None:
         """No replica will redo a step that starts from an earlier version."""
         with self.changed:
-            self.final_version = max(version, self.final_version)
+            if version > self.final_version:
+                self.final_version = version
+                self.keep()
 
     def num_decided(self, task: str) -> int:
         """Return the rows of steps that are done, but not final."""
@@ -189,6 +341,7 @@ class StepPlan:
     def drop(self, group: int) -> None:
         """A group will never be trained; another one may begin."""
         self.gate.drop([group])
+        self.keep()
         self.changed.notify_all()
 
 
@@ -199,7 +352,7 @@ class PromptSampler(OldestFirst):
         plan: which groups have begun.
     """
 
-    tags = (_GROUP,)
+    tags = (GROUP,)
 
     def __init__(self, plan: StepPlan) -> None:
         super().__init__()
@@ -211,16 +364,18 @@ class PromptSampler(OldestFirst):
 
     def add(self, candidates: Candidates) -> None:
         """Hold prompts that were put, or came back from a lease."""
-        rows, groups = candidates.rows, candidates.tags[_GROUP]
+        rows, groups = candidates.rows, candidates.tags[GROUP]
         is_new = rows > self._newest_row
         self._newest_row = max(self._newest_row, int(rows.max()))
         first_rows = {group: int(rows[groups == group].min()) for group in np.unique(groups[is_new]).tolist()}
         twice = [group for group, row in first_rows.items() if not self._plan.arrived(group, row)]
+        if first_rows:
+            self._plan.keep_arrived()
         is_stale = is_new & np.isin(groups, twice)
         self._stale += rows[is_stale].tolist()
         kept = ~is_stale
         if kept.any():
-            super().add(Candidates(rows[kept], candidates.num_tokens[kept], {_GROUP: groups[kept]}))
+            super().add(Candidates(rows[kept], candidates.num_tokens[kept], {GROUP: groups[kept]}))
 
 
 class StepSampler(Sampler):
@@ -239,7 +394,7 @@ class StepSampler(Sampler):
         commits_steps: whether rows are committed with their step. If not, consumers commit them.
     """
 
-    tags = (_GROUP, _REWARD)
+    tags = (GROUP, _REWARD)
 
     def __init__(self, plan: StepPlan, task: str = UPDATE, *, leads: bool = True, commits_steps: bool = True) -> None:
         super().__init__()
@@ -247,8 +402,6 @@ class StepSampler(Sampler):
         self._task = task
         self._leads = leads
         self._commits_steps = commits_steps
-        self._shares = plan.shares.setdefault(task, {})
-        self._home = plan.homes.setdefault(task, {})
         self._returned: set[int] = set()  # rows of a share that nobody has leased now
         self._groups: dict[int, dict[int, tuple[int, float]]] = {}  # group → row → tokens and reward
         self._group_of: dict[int, int] = {}
@@ -256,6 +409,14 @@ class StepSampler(Sampler):
         self._picked: collections.deque[int] = collections.deque()
         self._step = -1
         self._handed: set[int] = set()  # groups of the step that were handed out
+
+    @property
+    def _shares(self) -> dict[int, dict[tuple[int, int], list[int]]]:
+        return self._plan.shares.setdefault(self._task, {})
+
+    @property
+    def _home(self) -> dict[int, tuple[int, tuple[int, int]]]:
+        return self._plan.homes.setdefault(self._task, {})
 
     def __deepcopy__(self, _: dict[int, Any]) -> StepSampler:
         return StepSampler(self._plan, self._task, leads=self._leads, commits_steps=self._commits_steps)
@@ -281,7 +442,7 @@ class StepSampler(Sampler):
         with self._plan.changed:
             known = set(self._plan.gate.open_rows)
             self._plan.num_failed_in_a_row = 0
-            groups, rewards = candidates.tags[_GROUP].tolist(), candidates.tags[_REWARD].tolist()
+            groups, rewards = candidates.tags[GROUP].tolist(), candidates.tags[_REWARD].tolist()
             for row, group, reward, tokens in zip(
                 candidates.rows.tolist(), groups, rewards, candidates.num_tokens.tolist(), strict=True
             ):
@@ -324,9 +485,8 @@ class StepSampler(Sampler):
                     step, share = self._home.pop(row)
                     self._shares[step][share].remove(row)
             if self._leads:
-                self._plan.num_failed += len(candidates.rows)
                 self._plan.num_failed_in_a_row += len(candidates.rows)
-            for group in candidates.tags[_GROUP].tolist() if _GROUP in candidates.tags else ():
+            for group in candidates.tags[GROUP].tolist() if GROUP in candidates.tags else ():
                 self._num_gone[group] = self._num_gone.get(group, 0) + 1
                 if self._num_gone[group] >= self._plan.group_size:
                     self._forget(group)
@@ -375,9 +535,27 @@ class StepSampler(Sampler):
                 return []
             rows = self._portion(demand.tokens, is_complete)
             if rows and self._commits_steps:
-                self._shares.setdefault(step, {})[share] = rows
-                self._home.update(dict.fromkeys(rows, (step, share)))
+                plan.set_share(self._task, step, share, rows)
+            if rows:
+                plan.keep()
             return list(rows)
+
+    def settle(self, groups: Mapping[int, int], open_rows: Set[int]) -> None:
+        """Go on in another process, after the plan has.
+
+        Args:
+            groups: prompt group of each row in the queue.
+            open_rows: rows that the task has not committed.
+        """
+        with self._plan.changed:
+            for group, rows in self._plan.members(groups, open_rows).items():
+                if len(rows) < self._plan.group_size:
+                    self._num_gone[group] = self._plan.group_size - len(rows)
+            self._step = self._plan.gate.version
+            if self._leads:
+                self._handed = set(self._plan.gate.taken) - self._groups.keys()
+            else:
+                self._handed = {groups[row] for rows in self._shares.get(self._step, {}).values() for row in rows}
 
     def take_done(self) -> list[int]:
         """Return the rows of steps that have become final since the last call."""
@@ -470,8 +648,8 @@ class PromptSink(Protocol):
     def wait_for_room(self, timeout_s: float) -> int:
         """Return how many prompt groups may begin now; 0 if none may in time."""
 
-    def begin(self, count: int) -> tuple[int, int]:
-        """Begin prompt groups; return the first one's number, and the oldest version that may generate them."""
+    def begin(self, first_group: int, count: int) -> int:
+        """Begin prompt groups; return the oldest version that may generate them."""
 
     def end_prompts(self) -> None:
         """Say that there are no more prompts."""
@@ -509,6 +687,7 @@ class Feeder:
         self._encode = encode
         self._group_size = group_size
         self._seed = seed
+        self._next_group = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flashrl-feeder", daemon=True)
         self._thread.start()
@@ -521,7 +700,8 @@ class Feeder:
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
         try:
-            take = self._open_at(self._sink.resume())
+            self._next_group = self._sink.resume()
+            take = self._open_at(self._next_group)
             while not self._over.is_set():
                 count = self._sink.wait_for_room(_LOOK_S)
                 if count and not self._feed(take(count)):
@@ -537,7 +717,9 @@ class Feeder:
             self._sink.end_prompts()
             return False
         tokens = [_encoded(self._encode, problem.prompt) for problem in problems]
-        first_group, version = self._sink.begin(len(problems))
+        first_group = self._next_group
+        version = self._sink.begin(first_group, len(problems))
+        self._next_group += len(problems)
         self._queue.put(
             prompt_rows(
                 tokens,

@@ -67,6 +67,7 @@ def build(cfg: DictConfig, output_dir: Path, console: Console) -> tuple[Any, Any
     from lightning_flashrl.asyncrl import AsyncRL, RolloutSettings, StepSettings, StreamingDataModule
     from lightning_flashrl.asyncrl.progress import RunProgress
     from lightning_flashrl.asyncrl.recorder import RunRecorder
+    from lightning_flashrl.callbacks import FlashRecovery
 
     make = functools.partial(instantiate, _convert_="all")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -93,6 +94,8 @@ def build(cfg: DictConfig, output_dir: Path, console: Console) -> tuple[Any, Any
     )
     recorder = RunRecorder(output_dir)
     callbacks = [RunProgress(), recorder, *make(cfg.callbacks).values()]
+    if plain["strategy"]["name"] == "flash_ddp":
+        callbacks.append(FlashRecovery())
     if cfg.chaos:
         callbacks.append(make(cfg.chaos))
     trainer = make(
@@ -202,6 +205,12 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("seconds", ("wall_s",)),
     ):
         table.add_row(title, *(shown(name) for name in names))
+    if summary["kills"]:
+        table.add_row("kills", shown("kills"))
+        for role, some in summary["recovery_ms"].items():
+            if some:
+                table.add_row(f"{role} back after, ms", ", ".join(f"{ms:,.0f}" for ms in some))
+        table.add_row("steps lost", shown("steps_lost"))
     console.print(table)
 
 
@@ -275,7 +284,8 @@ def scale(output_dir: Path, wishes: Sequence[str], console: Console) -> int:
         wishes: ``role=number`` each.
         console: for people.
     """
-    from lightning_flashrl.asyncrl.host_calls import HostAddress, RemoteHost
+    from lightning_flashrl.asyncrl.host import HostAddress
+    from lightning_flashrl.asyncrl.host_calls import RemoteHost
 
     numbers = {}
     for wish in wishes:

@@ -303,14 +303,22 @@ class WorkerFleet:
         surroundings: what they find.
         log_dir: where their output goes, ``<role>-<rank>.log`` or ``<role>-standby.log``; ``None`` leaves it where this
             process's goes.
+        num_workers: how many there are, if not as many as the team has.
 
     Attributes:
         role: what they do.
         num_replaced: workers that died and were replaced.
+        recovery_ms: from the end of each that died until its successor served.
         error: that a worker raised an error, or that too many died.
     """
 
-    def __init__(self, team: Team, surroundings: Surroundings, log_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        team: Team,
+        surroundings: Surroundings,
+        log_dir: Path | None = None,
+        num_workers: int | None = None,
+    ) -> None:
         self._team = team
         self._payload_fd = os.memfd_create(f"flashrl-{team.role}")
         os.write(self._payload_fd, team.payload)
@@ -320,6 +328,8 @@ class WorkerFleet:
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
         self.num_replaced = 0
+        self.recovery_ms: list[float] = []
+        self._lost_s: dict[int, float] = {}  # ranks whose workers have died, until a successor serves
         self.error: WorkerFailedError | None = None
         self._fruitless: collections.Counter[int] = collections.Counter()  # rank → deaths in a row
         self._lock = threading.Lock()
@@ -332,7 +342,7 @@ class WorkerFleet:
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._is_over = False
         self._ranks: set[int] = set()  # of workers that shall be there
-        self.scale(team.num_workers)
+        self.scale(team.num_workers if num_workers is None else num_workers)
         self._thread = threading.Thread(target=self._watch, name="flashrl-fleet", daemon=True)
         self._thread.start()
 
@@ -361,6 +371,11 @@ class WorkerFleet:
                 self._ranks.add(rank)
                 self._start(rank)
         self._wake()
+
+    @property
+    def num_wanted(self) -> int:
+        """How many workers there shall be."""
+        return len(self._ranks)
 
     def _wake(self) -> None:
         os.write(self._waker_fd, b".")
@@ -414,6 +429,8 @@ class WorkerFleet:
                 if not process.read():
                     self._selector.unregister(key.fd)
                     self._ended(process)
+                elif process.record.state == "serving" and process.record.rank in self._lost_s:
+                    self.recovery_ms.append(1e3 * (clock.now_s() - self._lost_s.pop(process.record.rank)))
             self._look()
 
     def _look(self) -> None:
@@ -462,6 +479,7 @@ class WorkerFleet:
                 )
                 return
             self.num_replaced += 1
+            self._lost_s.setdefault(rank, clock.now_s())
             self._start(rank)
 
 
@@ -520,7 +538,7 @@ def _watch_input(stop: threading.Event) -> None:
 
 def _serve(job: Job, prepared: Any, place: Surroundings, report_fd: int, stop: threading.Event) -> None:
     reporters: list[_Reporter] = []
-    with TransferQueueClient(place.endpoint, place.secret) as queue:
+    with TransferQueueClient(place.endpoint, place.secret, reconnect_timeout_s=0) as queue:  # it ends with its host
         try:
             begin = lambda *statistics: reporters.append(_Reporter(report_fd, statistics))  # noqa: E731
             job.run(prepared, queue, place.weights, begin, stop)

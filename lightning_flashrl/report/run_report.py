@@ -97,14 +97,20 @@ def _table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> str:
 
 def _kill_table(kills: Sequence[Mapping[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><td class='number'>{kill['step']}</td><td>{html.escape(kill['role'])} {kill['rank']}</td>"
+        f"<tr><td class='number'>{kill['step']}</td><td>{html.escape(_who(kill))}</td>"
         f"<td class='what'>process {kill['pid']}</td></tr>"
         for kill in kills
     )
     return f"<table><tr><td>after step</td><td>who</td><td></td></tr>{rows}</table>"
 
 
+def _who(kill: Mapping[str, Any]) -> str:
+    return f"{kill['role']} {kill['rank']}" if kill["rank"] >= 0 else str(kill["role"])
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {', '.join(map(_shown, some))}" for name, some in value.items() if some) or "–"
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from lightning_flashrl.errors import ConfigurationError, StalenessExceededError
 
 
@@ -35,6 +37,24 @@ class Decision:
 
     rows: tuple[int, ...]
     reason: str
+
+
+class GateState(msgspec.Struct, frozen=True):
+    """What a gate must know to go on in another process.
+
+    Attributes:
+        version: the policy version that the current step starts from.
+        taken: rows of the current step.
+        began: version under which each row that is not trained yet began.
+        max_seen: the largest staleness of a trained row so far.
+        num_trained: rows that were trained.
+    """
+
+    version: int
+    taken: list[int]
+    began: dict[int, int]
+    max_seen: int
+    num_trained: int
 
 
 class StalenessGate:
@@ -182,6 +202,20 @@ class StalenessGate:
         self.version += 1
 
     # ------------------------------------------------------------------ recovery
+    def state(self) -> GateState:
+        """Return what :meth:`load` takes."""
+        return GateState(self.version, list(self.taken), dict(self._began), self.max_seen, self.num_trained)
+
+    def load(self, state: GateState) -> None:
+        """Go on where another gate, of the same bound and batch, has stopped."""
+        self.version, self.max_seen, self.num_trained = state.version, state.max_seen, state.num_trained
+        self.taken[:] = state.taken
+        self._began = dict(state.began)
+
+    def began(self, row: int) -> int:
+        """Return the version under which a row began that is not trained yet."""
+        return self._began[row]
+
     def restored(self, version: int) -> None:
         """Go on from the version that a recovery restored.
 

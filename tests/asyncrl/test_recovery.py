@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from lightning_flashrl.asyncrl.history import read_history
+from lightning_flashrl.asyncrl.processes import read_processes
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.errors import ConfigurationError
 from tests.jobs import rl
@@ -27,6 +33,7 @@ def run(output_dir: Path, *chaos: str, **options: Any) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(JOB), str(output_dir), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "FLASHRL_CHAOS": json.dumps(chaos)},
+        cwd=output_dir.parent,
         capture_output=True,
         text=True,
         timeout=110,
@@ -56,6 +63,68 @@ _ALL = [(phase, rank) for phase in ("batch_start", "forward", "backward", "batch
 )
 def test_a_killed_rank_takes_no_row_with_it(tmp_path: Path, rank: int, phase: str) -> None:
     check(run(tmp_path, f"kill rank={rank} step=3 phase={phase}"), recoveries=1)
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", pytest.param("on_fit_end", marks=pytest.mark.slow)])
+def test_a_rank_may_be_killed_when_all_is_trained(tmp_path: Path, hook: str) -> None:
+    check(run(tmp_path, **{"die-at": hook}), recoveries=1)
+
+
+def test_the_queue_may_die_and_takes_no_row_with_it(tmp_path: Path) -> None:
+    summary = run(tmp_path, schedule="queue at step 3,queue at step 7", **{"max-steps": 10})
+    check(summary, recoveries=0, steps=10)
+    assert summary["kills"] == 2
+
+
+@pytest.mark.slow
+def test_the_queue_may_die_together_with_any_rank(tmp_path: Path) -> None:
+    strikes = [
+        "trainer 0 at step 2",
+        "queue at step 2",
+        "queue at step 6",
+        "supervisor at step 6",
+        "trainer 1 at step 6",
+    ]
+    summary = run(tmp_path, schedule=",".join(strikes), **{"max-steps": 10})
+    check(summary, recoveries=2, steps=10)
+    assert summary["kills"] == 5
+
+
+def test_a_rank_that_waits_for_rows_helps_a_lost_one_back(tmp_path: Path) -> None:
+    """The rows may be what only the lost one can bring about."""
+    gate, output_dir = tmp_path / "gate", tmp_path / "run"
+    arguments = ["--strategy", "flash_ddp", "--devices", "2", "--max-steps", str(STEPS), "--gate", str(gate)]
+    process = subprocess.Popen(
+        [sys.executable, str(JOB), str(output_dir), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _await(lambda: read_history(output_dir)[0][-1]["step"] == 2)
+        _, processes = read_processes(output_dir / "processes.json")
+        time.sleep(1)  # both wait
+        os.kill(next(one.pid for one in processes if (one.role, one.rank) == ("trainer", 0)), signal.SIGKILL)
+        assert process.stderr is not None
+        assert any("back after" in line for line in process.stderr)
+        gate.touch()
+        _, told = process.communicate(timeout=100)
+        assert process.returncode == 0, told
+    finally:
+        process.kill()
+    check(json.loads((output_dir / "summary.json").read_text()), recoveries=1)
+
+
+def _await(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(FileNotFoundError, IndexError):
+            if is_so():
+                return
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_a_recovered_run_is_the_run_that_never_failed_given_the_same_rows(tmp_path: Path) -> None:

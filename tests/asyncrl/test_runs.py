@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from lightning_flashrl import AsyncRL
 from lightning_flashrl.algorithms import DAPO, GRPO
 from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
+from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.engines import process
 from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.trainer import CausalLMTrainer
@@ -333,6 +335,35 @@ class TestLightning:
         rl.make_trainer(max_steps=4).fit(module, data, ckpt_path=path)
         assert module.policy_version == 4
         assert weights_sha256(dict(module.trainer_engine.weights())) == _fit(rl.make_data(workflow="sync"))[0]
+
+    @pytest.mark.parametrize("max_staleness", [0, 2])
+    def test_what_is_under_way_goes_into_the_checkpoint(self, tmp_path: Path, max_staleness: int) -> None:
+        path = tmp_path / "last.ckpt"
+
+        class StopAt3(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.global_step == 3:
+                    deadline_s = time.monotonic() + 30  # rows of later steps are there, some are being generated
+                    while max_staleness and data.session().view().queue.tasks["update"].num_ready < 8:
+                        assert time.monotonic() < deadline_s
+                        time.sleep(0.01)
+                    trainer.save_checkpoint(path)
+                    trainer.should_stop = True
+
+        data = rl.make_data(max_staleness=max_staleness, record=tmp_path / "first")
+        _fit(data, StopAt3(), max_steps=20)
+        state = torch.load(path, weights_only=True)["StreamingDataModule"]
+        assert len(state["under_way"]) > (1000 if max_staleness else 0)
+        module = rl.make_module(rl.make_engine(seed=1))
+        data = rl.make_data(max_staleness=max_staleness, record=tmp_path / "second")
+        recorder = RunRecorder(tmp_path / "out")
+        rl.make_trainer(max_steps=6, callbacks=[recorder]).fit(module, data, ckpt_path=path)
+        _check_books(json.loads((tmp_path / "out" / "summary.json").read_text()), 3 * 16, max_staleness)
+        groups: list[int] = []
+        for folder, steps in (("first", range(3)), ("second", range(3, 6))):
+            record = StepRecord(tmp_path / folder, 0, 1)
+            groups += [g for step in steps for lease in record.read(step) for g in lease["prompt.group_id"]]
+        assert collections.Counter(groups) == collections.Counter(dict.fromkeys(range(24), 4))
 
     def test_precision_of_the_trainer_is_not_that_of_rollouts(self) -> None:
         """Workers prove new weights against log-probs in the weights' own precision."""

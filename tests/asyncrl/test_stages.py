@@ -29,7 +29,7 @@ class Desk:
         self.asked: collections.Counter[tuple[str, int]] = collections.Counter()
 
     def put(self, groups: Sequence[int]) -> tuple[int, ...]:
-        assert self.plan.begin(len(groups))[0] == groups[0]
+        self.plan.begin(groups[0], len(groups))
         problems = [Problem(f"{group}", "") for group in groups]
         tokens = [torch.tensor([group]) for group in groups]
         rows = self.queue.put(prompt_rows(tokens, problems, group_size=GROUP_SIZE, first_group=groups[0]))

@@ -154,7 +154,7 @@ def test_a_row_that_fails_is_not_waited_for_and_a_whole_group_is_replaced(make: 
     for prompt in run.prompts(2):
         run.answer(prompt)
     assert groups(run.take(0)) == [0, 2, 2]
-    assert run.plan.num_failed == 3
+    assert run.queue.statistics().tasks[UPDATE].num_dropped == 3
 
 
 def test_groups_with_equal_rewards_are_replaced_if_asked_for(make: Any) -> None:
@@ -329,10 +329,11 @@ def test_who_gives_prompts_may_die_and_none_is_given_twice_or_forgotten(make: An
     prompts = run.prompts(8)
     run.feeder.close()
     run.queue.clear([row for _, row in prompts[:4]])
-    assert run.plan.begin(2) == (4, 0)  # it dies before it has put them
+    assert run.plan.begin(4, 2) == 0  # it dies before it has put them
     assert run.plan.resume() == 4
     assert (run.plan.num_begun, run.plan.room()) == (4, 2)
-    first_group, version = run.plan.begin(1)
+    first_group, version = 4, run.plan.begin(4, 1)
+    assert run.plan.begin(4, 1) == version  # it has not heard the answer
     tokens, problems = [torch.tensor([4])], [Problem("4", "")]
     rows = prompt_rows(tokens, problems, group_size=2, first_group=first_group, min_version=version)
     put = run.queue.put(rows)
@@ -362,7 +363,8 @@ class Life:
         count = self.plan.room()
         if not count:
             return
-        first_group, version = self.plan.begin(count)
+        first_group = self.plan.next_group
+        version = self.plan.begin(first_group, count)
         if self.random.random() < 0.3:  # rank 0 dies before it has put them
             self.plan.resume()
             return

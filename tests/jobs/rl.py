@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,31 @@ def partly_right(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """A share of right places, so that a policy that knows nothing learns too."""
     right = row["answer"]
     return sum(a == b for a, b in zip(completion, right, strict=False)) / max(len(completion), len(right))
+
+
+class Gated:
+    """Rewards some rows, and the others once a file is there."""
+
+    def __init__(self, path: str, after: int) -> None:
+        self._path = path
+        self._left = after
+
+    def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+        self._left -= 1
+        while self._left < 0 and not Path(self._path).exists():
+            time.sleep(0.05)
+        return partly_right(prompt, completion, row)
+
+
+class DieAt(L.Callback):
+    """Kills rank 0 at a hook, once."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._die)
+
+    def _die(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and os.environ["FLASHRL_INCARNATION"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def make_engine(seed: int = 0) -> CausalLMTrainer:
@@ -85,6 +114,8 @@ def main() -> None:
     parser.add_argument("--schedule", type=lambda text: text.split(","))
     parser.add_argument("--record", type=Path)
     parser.add_argument("--replay", type=Path)
+    parser.add_argument("--gate", help="rewards of the third step wait for this file")
+    parser.add_argument("--die-at", default="", help="hook at which rank 0 is killed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     engine = make_engine()
@@ -93,11 +124,14 @@ def main() -> None:
         max_staleness=options.max_staleness,
         record=options.record,
         replay=options.replay,
-        rollout=RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, num_ahead=4, workers=options.workers),
+        reward=partly_right if options.gate is None else Gated(options.gate, 40),
+        rollout=dataclasses.replace(_ROLLOUT, workers=options.workers),
     )
     callbacks: list[L.Callback] = [RunRecorder(options.output_dir)]
     if options.strategy == "flash_ddp":
         callbacks.append(FlashRecovery())
+    if options.die_at:
+        callbacks.append(DieAt(options.die_at))
     if options.schedule:
         callbacks.append(Chaos(options.output_dir, schedule=options.schedule))
     trainer = make_trainer(
