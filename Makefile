@@ -7,7 +7,7 @@ PYTEST := $(RUN) -m pytest
 export OMP_NUM_THREADS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo demo-recovery check test test-all soak bench clean
+.PHONY: demo demo-recovery check test test-all soak soak-rl bench clean
 
 demo: $(VENV) ## reinforcement learning: a small model learns to sort digits while processes of each kind are killed
 	$(RUN) -m lightning_flashrl.cli.flashrl experiment=grpo_sort_killed paths.output_dir=demo_output/grpo_sort
@@ -30,7 +30,10 @@ test-all: check ## also the slow matrices, a wheel in a clean environment, and t
 	bash tests/lowest_check.sh
 
 soak: $(VENV) ## random kills for many minutes
-	$(PYTEST) -m soak --timeout=0 -s
+	$(PYTEST) tests/multiprocess -m soak --timeout=0 -s
+
+soak-rl: $(VENV) ## random kills of all processes of reinforcement learning runs, for many minutes
+	$(PYTEST) tests/asyncrl -m soak --timeout=0 -s
 
 bench: $(VENV) ## benchmarks beside their peers
 	$(RUN) benchmarks/run.py

@@ -1,15 +1,18 @@
 """Reinforcement learning while processes are killed: how much of the time is still useful?
 
-python benchmarks/chaos.py [--mtbf 60 30 10 5] [--steps N] [--repeats N]
+python benchmarks/chaos.py [--mtbf 60 30 10 5] [--seconds 240]
 
 The job of `make demo` with two trainer ranks under flash_ddp and one rollout worker. A random process (trainer ranks,
-rollout worker, the process on standby) is killed every so many seconds on average. *goodput* is the time of the same
-steps without kills over the time with them. Each run is audited row by row from its files alone (`flashrl audit`).
+rollout worker, the process of queue and plan, the supervisor) is killed every so many seconds on average. *goodput* is
+the time that the same number of steps takes without kills over the time with them. Each run is audited row by row from
+its files alone (`flashrl audit`).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import json
 import os
 import re
 import statistics
@@ -28,7 +31,8 @@ from lightning_flashrl.asyncrl.audit import audit
 from lightning_flashrl.asyncrl.history import read_history, read_kills
 
 _TIMEOUT_S = 3600
-_BACK = re.compile(r"back after (\d+) ms")
+_BACK = re.compile(r"it is back after (\d+) ms")
+_WARM_UP = 4
 
 
 def run(folder: Path, mtbf_s: float | None, steps: int, seed: int) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def run(folder: Path, mtbf_s: float | None, steps: int, seed: int) -> dict[str, 
     command += ["trainer.devices=2", f"trainer.max_steps={steps}", f"seed={seed}", "validate_every=1000000"]
     command += ["record=true", f"paths.output_dir={folder}"]
     if mtbf_s is not None:
-        command += ["chaos=mtbf_10s", f"chaos.mtbf_s={mtbf_s}", "chaos.roles=[trainer,rollout]"]
+        command += ["chaos=mtbf_10s", f"chaos.mtbf_s={mtbf_s}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd=folder.parent
@@ -47,62 +51,62 @@ def run(folder: Path, mtbf_s: float | None, steps: int, seed: int) -> dict[str, 
     steps_done, _ = read_history(folder)
     found = audit(folder, 1)
     kills = read_kills(folder)
+    summary = json.loads((folder / "summary.json").read_text())
     return {
+        "step_s": (steps_done[-1]["at_s"] - steps_done[_WARM_UP]["at_s"]) / (len(steps_done) - 1 - _WARM_UP),
         "wall_s": steps_done[-1]["at_s"] - steps_done[0]["at_s"],
         "steps": found.num_steps,
         "rows": found.num_rows,
         "faults": found.faults,
         "staleness_max": found.staleness_max,
-        "kills": {role: sum(kill["role"] == role for kill in kills) for role in ("trainer", "rollout")},
-        "recovery_ms": [int(text) for text in _BACK.findall(done.stdout + done.stderr)],
+        "kills": dict(collections.Counter(kill["role"] for kill in kills)),
+        "recovery_ms": {**summary["recovery_ms"], "supervisor": [int(ms) for ms in _BACK.findall(done.stderr)]},
+        "books": {name: summary[name] for name in ("steps_lost", "rows_lost", "rows_duplicated", "rows_dropped")},
         "reward_last": statistics.fmean(step["reward"] for step in steps_done[-5:]),
     }
+
+
+def _told(num_kills: int, recovery_ms: list[float]) -> str:
+    if not recovery_ms:
+        return f"{num_kills}"
+    return f"{num_kills}: {statistics.median(recovery_ms):,.0f}, {max(recovery_ms):,.0f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mtbf", nargs="+", type=float, default=[60.0, 30.0, 10.0, 5.0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=240.0, help="that the steps of a run take without kills")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     watch, found = Watch.begin(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for mtbf_s in (None, *arguments.mtbf):
-            name = "none" if mtbf_s is None else f"{mtbf_s:g}"
-            found[name] = [
-                run(Path(folder) / f"{name}-{seed}", mtbf_s, arguments.steps, seed) for seed in range(arguments.repeats)
-            ]
+        calm = run(Path(folder) / "calm", None, 200, 0)
+        num_steps = round(arguments.seconds / calm["step_s"])
+        for mtbf_s in arguments.mtbf:
+            found[f"{mtbf_s:g}"] = run(Path(folder) / f"{mtbf_s:g}", mtbf_s, num_steps, 1)
+            print(f"{mtbf_s:g} s: {found[f'{mtbf_s:g}']}", flush=True)
+        found["none"] = run(Path(folder) / "none", None, 200, 1)
     contention = watch.end()
-    calm_s = statistics.median(one["wall_s"] for one in found["none"])
+    # Calm runs before and after: the machine's speed drifts.
+    calm_s = statistics.fmean((calm["step_s"], found["none"]["step_s"]))
+    roles = ("trainer", "rollout", "queue", "supervisor")
     table = Table(
-        *(
-            "a kill every, s",
-            "kills: ranks",
-            "workers",
-            "s",
-            "goodput",
-            "recovery of a rank, ms",
-            "faults found",
-            "reward",
-        ),
-        title=f"{arguments.steps} steps, two ranks and a worker",
+        *("a kill every, s", "kills", "goodput", "faults found", "reward", *(f"{role}: kills, ms" for role in roles)),
+        title=f"{num_steps} steps of {calm_s:.3f} s, two ranks, a worker; ms until a successor works: median, longest",
     )
-    for name, runs in found.items():
-        wall_s = statistics.median(one["wall_s"] for one in runs)
-        recoveries = [ms for one in runs for ms in one["recovery_ms"]]
+    for name, one in found.items():
         table.add_row(
             name,
-            *(str(sum(one["kills"][role] for one in runs)) for role in ("trainer", "rollout")),
-            f"{wall_s:.0f}",
-            f"{calm_s / wall_s:.0%}",
-            f"{statistics.median(recoveries):.0f}, at most {max(recoveries)}" if recoveries else "–",
-            str(sum(len(one["faults"]) for one in runs)),
-            f"{statistics.fmean(one['reward_last'] for one in runs):.2f}",
+            str(sum(one["kills"].values())),
+            f"{calm_s / one['step_s']:.1%}",
+            str(len(one["faults"]) + sum(one["books"].values())),
+            f"{one['reward_last']:.2f}",
+            *(_told(one["kills"].get(role, 0), one["recovery_ms"].get(role, [])) for role in roles),
         )
-    Console(width=140).print(table)
+    Console(width=150).print(table)
     print(f"contention: {contention}")
-    save("chaos", arguments.out, {"steps": arguments.steps, "runs": found, "contention": str(contention)})
+    results = {"steps": num_steps, "calm": calm, "runs": found, "contention": str(contention)}
+    save("chaos", arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ def audit(output_dir: Path, max_staleness: int | None = None) -> Audit:
     if versions != expected:
         faults.append(f"steps are missing: {_some(sorted(set(range(versions[0], versions[-1])) - set(versions)))}")
     _add(faults, "rows were trained more than once", [row for row, count in rows.items() if count > 1])
+    _look_for_missing(output_dir, rows, faults)
     _add(faults, "prompt groups were cut over several steps", [g for g, where in groups.items() if len(where) > 1])
     _compare_with_history(output_dir, versions, sum(rows.values()), faults)
     return Audit(len(steps), sum(rows.values()), len(read_kills(output_dir)), stalest, faults)
@@ -98,6 +101,17 @@ def _compare_with_history(output_dir: Path, versions: list[int], num_rows: int, 
     counted = int(sum(step["rows"] for step in steps))
     if counted != num_rows:
         faults.append(f"the history tells of {counted} trained rows, the record has {num_rows}")
+
+
+def _look_for_missing(output_dir: Path, rows: Iterable[int], faults: list[str]) -> None:
+    """Rows are numbered as they are put: each is trained, or left out on purpose, or still in the queue at the end."""
+    known = set(rows)
+    missing = sorted(set(range(min(known, default=0), max(known, default=0))) - known)
+    path = output_dir / "summary.json"
+    if missing and path.exists():
+        summary = json.loads(path.read_text())
+        if len(missing) > summary["rows_dropped"] + summary["rows_left"]:
+            _add(faults, "rows are missing", missing)
 
 
 def _add(faults: list[str], what: str, numbers: list[int]) -> None:

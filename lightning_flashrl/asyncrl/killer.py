@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_flashrl import clock
-from lightning_flashrl.asyncrl.history import KILLS, read_history
+from lightning_flashrl.asyncrl.history import HISTORY, KILLS
 from lightning_flashrl.asyncrl.processes import ProcessEntry, is_alive, read_processes
 from lightning_flashrl.supervisor.process import die_with_parent
 
 _LOOK_S = 0.1
+_TAIL_BYTES = 1 << 16
 _ONLY = -1
 """Rank of a process that is the only one of its role."""
 ROLES = ("trainer", "queue", "supervisor", "rollout", "reward", "reference")
@@ -83,9 +84,13 @@ class _Run:
         return [entry for entry in found if entry.role == role and is_alive(entry)]
 
     def step(self) -> int:
-        with contextlib.suppress(FileNotFoundError):
-            steps, _ = read_history(self.folder)
-            return int(steps[-1]["step"]) if steps else 0
+        with contextlib.suppress(FileNotFoundError), (self.folder / HISTORY).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            for line in reversed(file.read().splitlines()):
+                with contextlib.suppress(ValueError):  # cut at either end
+                    told = json.loads(line)
+                    if told["kind"] == "step":
+                        return int(told["step"])
         return 0
 
     @property

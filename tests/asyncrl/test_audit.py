@@ -82,3 +82,12 @@ def test_rows_of_which_only_the_history_tells_are_missed(tmp_path: Path) -> None
     assert audit(tmp_path).faults == ["the history tells of 10 trained rows, the record has 8"]
     with pytest.raises(ConfigurationError, match="holds no steps"):
         audit(tmp_path / "elsewhere")
+
+
+def test_a_row_that_was_put_and_is_nowhere_is_missed(tmp_path: Path) -> None:
+    write(tmp_path, {0: GOOD[0], 1: [([4, 5], [2, 2], [0, 1]), ([8, 9], [4, 4], [1, 1])]})
+    assert audit(tmp_path, 1).faults == []  # the run has not ended: they may come
+    (tmp_path / "summary.json").write_text(json.dumps({"rows_dropped": 0, "rows_left": 0}))
+    assert audit(tmp_path, 1).faults == ["2 rows are missing: 6, 7"]
+    (tmp_path / "summary.json").write_text(json.dumps({"rows_dropped": 2, "rows_left": 0}))
+    assert audit(tmp_path, 1).faults == []
