@@ -1,11 +1,13 @@
 """The host of a run in a process of its own, which outlives any rank, and how ranks reach it.
 
 Rank 0 starts it; the root of this node adopts it. It ends when it is told to, or with the root. When it dies, rank 0,
-or its successor, starts the next one, which goes on from the journal; everybody else waits for that.
+or its successor, lets the next one begin, which goes on from the journal; everybody else waits for that. One that has
+imported all it needs is kept on standby.
 
 ======================  =====================================  ==========================
 who                     waits for                              unblocked by
 ======================  =====================================  ==========================
+a host on standby       what it must know                      rank 0; its end; the root's end
 the host's main thread  the order to end                       rank 0, the root's end
 ======================  =====================================  ==========================
 """
@@ -59,6 +61,7 @@ class HostHome:
         self._client = client
         self._key = f"asyncrl/{fit}"
         self._address: HostAddress | None = None
+        self._standby: _Standby | None = None
 
     def find(self) -> RemoteHost | None:
         """Return the host that this rank's predecessor has left, if there is one.
@@ -143,17 +146,30 @@ class HostHome:
 
     def _start(self, settings: HostSettings) -> None:
         assert self._address is not None
-        _end_hosts(self._address)
-        told = _start(self._address, settings)
+        standby, self._standby = self._standby, None
+        told = b"" if standby is None else self._begin(standby, settings)
+        if not told:  # there was none, or it has died
+            told = self._begin(_Standby(self._address.journal), settings)
         if told != _READY:
             why = told.decode() or "it died; its output says why"
             raise ConfigurationError(f"the process of the queue did not come up: {why}")
+        self._standby = _Standby(self._address.journal)
+
+    def _begin(self, standby: _Standby, settings: HostSettings) -> bytes:
+        assert self._address is not None
+        _end_hosts(self._address, but=standby.pid)
+        return standby.begin(self._address, settings)
+
+    def close(self) -> None:
+        """Let go of the host on standby."""
+        if self._standby is not None:
+            self._standby.close()
 
 
-def _end_hosts(address: HostAddress) -> None:
+def _end_hosts(address: HostAddress, but: int) -> None:
     """Kill a host of this address that hangs, or that a predecessor has begun to start; wait until it is gone."""
     mine = {__name__.encode(), address.journal.encode()}
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != but]:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
             try:
@@ -164,18 +180,42 @@ def _end_hosts(address: HostAddress) -> None:
                 os.close(pidfd)
 
 
-def _start(address: HostAddress, settings: HostSettings) -> bytes:
-    """Start the process as a child of the root; return what it says once it serves, or why it does not."""
-    payload_fd = os.memfd_create("flashrl-host")
-    os.write(payload_fd, pickle.dumps((address, settings, sys.path)))
-    read_fd, write_fd = os.pipe()
-    try:
-        start_below_root(__name__, [str(payload_fd), str(write_fd), address.journal], [payload_fd, write_fd])
-    finally:
-        os.close(payload_fd)
-        os.close(write_fd)
-    with os.fdopen(read_fd, "rb") as told:
-        return told.read()
+class _Standby:
+    """A host's process, a child of the root, that does not know yet what to do.
+
+    Args:
+        journal: path by which it is known.
+    """
+
+    def __init__(self, journal: str) -> None:
+        order_fd, self._order_fd = os.pipe()
+        told_fd, write_fd = os.pipe()
+        try:
+            start_below_root(__name__, [str(order_fd), str(write_fd), journal], [order_fd, write_fd])
+        finally:
+            os.close(order_fd)
+            os.close(write_fd)
+        self._told = os.fdopen(told_fd, "rb")
+        self._pid: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process, once it is ready; 0 if it has died."""
+        if self._pid is None:
+            self._pid = int(self._told.readline() or 0)
+        return self._pid
+
+    def begin(self, address: HostAddress, settings: HostSettings) -> bytes:
+        """Let it serve; return what it says then, or why it does not."""
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._order_fd, "wb") as order:
+            pickle.dump((address, settings, sys.path), order)
+        with self._told:
+            return self._told.read()
+
+    def close(self) -> None:
+        """It ends."""
+        os.close(self._order_fd)
+        self._told.close()
 
 
 def start_below_root(module: str, arguments: Sequence[str], fds: Sequence[int] = ()) -> None:
@@ -189,12 +229,16 @@ def start_below_root(module: str, arguments: Sequence[str], fds: Sequence[int] =
 # --------------------------------------------------------------------------- the host's process
 def main() -> None:
     """Be a host until the run or the root ends."""
-    root_pid, payload_fd, told_fd = map(int, sys.argv[1:-1])  # the last one is for who looks at its command line
+    root_pid, order_fd, told_fd = map(int, sys.argv[1:-1])  # the last one is for who looks at its command line
     die_with_parent(root_pid)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks are stopped; then this process, in its own way
-    with os.fdopen(payload_fd, "rb") as file:
-        file.seek(0)
-        address, settings, sys.path[:] = pickle.load(file)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(told_fd, b"%d\n" % os.getpid())
+    with os.fdopen(order_fd, "rb") as file:
+        order = file.read()
+    if not order:  # who started it is gone
+        return
+    address, settings, sys.path[:] = pickle.loads(order)
     try:
         host = StreamHost(
             settings,

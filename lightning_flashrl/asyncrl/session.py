@@ -482,6 +482,8 @@ class LeadSession(Session):
                     self.publisher = stack.enter_context(WeightPublisher.attach(weights[POLICY]))
                 home.settings = settings
                 self._host = found or home.start(settings)
+            if home is not None:
+                stack.callback(home.close)
             stack.callback(self._host.close)
             self._published = self.publisher.version
             self.queue = self._host.queue

@@ -10,6 +10,7 @@ import collections
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def _run(seed: int, figures: _Figures) -> None:
         figures.failures[seed] = "; ".join(faults)
         print(f"FAILED {told}: {figures.failures[seed]}; look at {folder}", flush=True)
     else:
-        subprocess.run(["rm", "-r", str(folder)], check=True)
+        shutil.rmtree(folder)
         print(f"{told}: well, {figures.seconds:.0f} s so far", flush=True)
 
 
