@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning as L
@@ -68,6 +69,8 @@ class RunProgress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show how good the policy is."""
         metrics = trainer.callback_metrics
+        if trainer.sanity_checking and os.environ.get("FLASHRL_INCARNATION", "0") != "0":
+            return  # said by a predecessor
         if trainer.is_global_zero and "val/accuracy_greedy" in metrics:
             when = "before training" if trainer.sanity_checking else f"after {trainer.global_step} steps"
             self._console.print(
