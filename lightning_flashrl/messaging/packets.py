@@ -102,6 +102,8 @@ class PacketChannel:
                 packet = self._socket.recv(PACKET_BYTES)
             except BlockingIOError:
                 break
+            except ConnectionResetError:  # said once, before what is still here: the other end left something unread
+                continue
             except OSError:
                 packet = b""
             if not packet:

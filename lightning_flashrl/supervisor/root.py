@@ -212,7 +212,7 @@ class Root:
         while True:
             try:
                 received = self._messages.receive()
-            except (BlockingIOError, ConnectionResetError):
+            except BlockingIOError:
                 return
             if received is None:
                 self._loop.remove(self._messages.fileno())

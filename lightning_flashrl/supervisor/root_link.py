@@ -181,9 +181,14 @@ class Messages:
             BlockingIOError: there is none yet, and this end does not block.
         """
         while True:
-            packet, fds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
+            try:
+                packet, fds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
+            except ConnectionResetError:  # said once, before what is still here: the other end left something unread
+                continue
             if not packet:
                 return None
+            for fd in fds:  # received descriptors are inheritable, unlike others
+                os.set_inheritable(fd, False)
             message = self._assembler.feed(packet)
             if message is not None:
                 return message, fds[0] if fds else -1
