@@ -111,15 +111,15 @@ class Root:
         """Serve until the job is over and all its processes are gone; return its exit status."""
         self._children_before = set(children())
         become_subreaper()
-        try:
-            with self._loop.catch_signals(STOP_SIGNALS, self._on_signal):
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        with self._loop.catch_signals(STOP_SIGNALS, self._on_signal):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            try:
                 self._start(None)
                 self._loop.call_every(_LOOK_S, self._look)
                 self._loop.run_until(lambda: self._exit_code is not None)
-        finally:
-            self._end_all()
-            become_subreaper(False)
+            finally:
+                self._end_all()
+                become_subreaper(False)
         assert self._exit_code is not None
         return self._exit_code
 

@@ -206,6 +206,15 @@ def test_a_signal_ends_the_job_though_the_supervisor_dies_of_it(
     assert job.leftovers() == []
 
 
+def test_signals_do_not_disturb_the_end(start) -> None:
+    job = start("--nproc-per-node", 2, PLAIN, "daemons")
+    job.until("asleep", count=2)
+    while job.process.poll() is None:
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.0005)
+    assert job.leftovers() == []
+
+
 @pytest.mark.parametrize("order", ["supervisor first", "root first"])
 def test_nothing_survives_the_root(start, order: str) -> None:
     job = start("--nproc-per-node", 2, FLASH, "--steps", 100000)

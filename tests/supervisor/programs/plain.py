@@ -64,6 +64,13 @@ def main() -> None:
                 time.sleep(1000)
             print("asleep", flush=True)
             time.sleep(1000)
+        case "daemons":
+            for _ in range(5):
+                if os.fork() == 0:
+                    os.setsid()
+                    time.sleep(1000)
+            print("asleep", flush=True)
+            time.sleep(1000)
 
 
 if __name__ == "__main__":
