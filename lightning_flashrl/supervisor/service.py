@@ -33,7 +33,7 @@ _STRANGER = -1
 _HEARD = struct.Struct("<qq")
 """When, and from which node (or :data:`_STRANGER`)."""
 _CHRONICLE_BYTES = 1 << 20
-"""A longer chronicle is begun anew."""
+"""A longer chronicle is begun anew, unless it is not twice as long as at its last beginning."""
 
 
 def free_port() -> int:
@@ -78,6 +78,7 @@ class ControllerService:
         self._tell = tell
         self._log_path = None if log_dir is None else os.path.join(log_dir, "recovery.jsonl")
         self._chronicle = chronicle
+        self._most_bytes = _CHRONICLE_BYTES
         records = [] if chronicle is None else chronicle.records()
         if records:
             self.controller = self._resume(records)
@@ -135,7 +136,9 @@ class ControllerService:
         return sum(bool(msgspec.json.decode(line)["lost"]) for line in lines)
 
     def note_takeover(self, reason: str, duration_ms: float) -> None:
-        """Write to the log that this service took over from one that ended."""
+        """Write to the log that this service took over; the one that ended may not have said why the job stops."""
+        if self.controller.stop_reason:
+            self._tell(self.controller.stop_reason)
         quorum_id, stages = self.controller.quorum_id, {"total": round(duration_ms, 3)}
         self._keep(protocol.RecoveryRecord(quorum_id, (), {}, {}, reason, stages, True, clock.wall_s()))
 
@@ -158,9 +161,7 @@ class ControllerService:
 
     def _on_tick(self) -> None:
         state = self.controller.state
-        actions = self.controller.tick(clock.now_ns())
-        self._keep_whole_after(state)
-        self._perform(actions)
+        self._carry_out(self.controller.tick(clock.now_ns()), state)
 
     def _on_readable(self) -> None:
         while True:
@@ -199,8 +200,15 @@ class ControllerService:
         else:
             self._socket.send_multipart([peer, protocol.encode(protocol.WhoAreYou())])
             return
-        self._keep_whole_after(state)
+        self._carry_out(actions, state)
+
+    def _carry_out(self, actions: list[Action], old_state: JobState) -> None:
+        """Perform actions. What chance decided, at a change of the state, is kept before anybody hears of it."""
+        if self.controller.state is not old_state:
+            self._keep_whole()
         self._perform(actions)
+        if self._is_long and not self.controller.is_recovering:
+            self._keep_whole()
 
     # ------------------------------------------------------------------ what a successor must know
     def _write_down(self, now_ns: int, node_rank: int, payload: bytes) -> None:
@@ -210,14 +218,11 @@ class ControllerService:
     def _keep_whole(self) -> None:
         if self._chronicle is not None:
             self._chronicle.begin(pickle.dumps(self.controller))
+            self._most_bytes = max(_CHRONICLE_BYTES, 2 * self._chronicle.size_bytes)
 
-    def _keep_whole_after(self, state: JobState) -> None:
-        """Keep the controller itself when its state is another one, or the chronicle is long and nothing happens."""
-        if self._chronicle is None:
-            return
-        is_long = self._chronicle.size_bytes > _CHRONICLE_BYTES and not self.controller.is_recovering
-        if is_long or self.controller.state is not state:
-            self._keep_whole()
+    @property
+    def _is_long(self) -> bool:
+        return self._chronicle is not None and self._chronicle.size_bytes > self._most_bytes
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
