@@ -71,6 +71,7 @@ SUPERVISOR_NAME = "flashrl-superv"
 """What the kernel calls a supervisor."""
 _LOOK_S = 0.25
 _MAX_TAKEOVERS, _WINDOW_S = 10, 60.0
+_RETRY_S = 1.0
 _GRACE_S = 3.0
 _KILL_WAIT_S = 5.0
 
@@ -140,10 +141,16 @@ class Root:
             link.end(self._supervise(link))
             return 0
 
+        try:
+            pid = fork(live)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         self._number += 1
         self._beat_ns, self._memory, self._verdict = clock.now_ns(), None, ""
-        self._supervisor = Process(fork(live))
-        theirs.close()
+        self._supervisor = Process(pid)
         ours.setblocking(False)
         self._messages = Messages(ours)
         self._loop.add_reader(ours.fileno(), self._serve)
@@ -161,11 +168,16 @@ class Root:
         self._messages.close()
         if self._exit_code is not None:
             return
-        reason = f"the supervisor {self._verdict or _describe(status)}"
-        if self._budget.is_exhausted_by(now_ns / 1e9):
-            self._give_up(f"{reason}, for the {self._budget.num_faults}th time within {_WINDOW_S:g} s")
-        else:
-            self._start(Takeover(reason, now_ns))
+        self._replace(Takeover(f"the supervisor {self._verdict or _describe(status)}", now_ns))
+
+    def _replace(self, takeover: Takeover) -> None:
+        if self._budget.is_exhausted_by(clock.now_ns() / 1e9):
+            self._give_up(f"{takeover.reason}, for the {self._budget.num_faults}th time within {_WINDOW_S:g} s")
+            return
+        try:
+            self._start(takeover)
+        except OSError:  # the machine is short of memory or processes; ranks go on meanwhile
+            self._loop.call_later(_RETRY_S, lambda: self._replace(takeover))
 
     def _give_up(self, text: str) -> None:
         self._tell(f"{text}; the job stops: see above for what ended it, and start again from the newest checkpoint")

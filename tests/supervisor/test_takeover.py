@@ -237,6 +237,14 @@ def test_a_supervisor_that_dies_again_and_again_ends_the_job(start) -> None:
     assert job.leftovers() == []
 
 
+def test_a_supervisor_that_cannot_be_forked_is_forked_later(start, expected_total) -> None:
+    launcher = (PROGRAMS / "flashrun_short_of_processes.py",)
+    job = start("--nproc-per-node", 2, FLASH, "--fault", "1:5:supervisor", launcher=launcher)
+    assert job.wait() == 0
+    assert job.finals() == dict.fromkeys(range(2), expected_total(2, 20))
+    assert len(re.findall(BACK, job.err)) == 1
+
+
 # --------------------------------------------------------------------------- several nodes
 @pytest.fixture
 def port() -> int:
