@@ -207,7 +207,7 @@ class Agent:
             case protocol.StopAll():
                 self._stop(message)
             case protocol.WhoAreYou():
-                if not self._is_stopping:
+                if self._launch is not None or not self._is_stopping:
                     self._say_hello()
             case protocol.Resync():
                 self._say_again()

@@ -295,6 +295,18 @@ def test_a_signal_stops_two_nodes_though_a_supervisor_died(start, port: int, nod
     assert [job.wait() for job in jobs] == [130, 130]
 
 
+def test_a_controller_that_dies_while_nodes_stop_hears_when_they_have(start, port: int) -> None:
+    jobs = two_nodes(start, port, "--standby", 0, PLAIN, "deaf")
+    for job in jobs:
+        job.until("asleep", count=2)
+    os.kill(next(pid for pid, command in jobs[0].pids().items() if "runner" in command), signal.SIGKILL)
+    jobs[0].until("killed by SIGKILL")
+    kill(jobs[0])
+    began = time.monotonic()
+    assert [job.wait() for job in jobs] == [137, 137]
+    assert time.monotonic() - began < 8.0  # ranks are killed after 3 s; a node that says nothing is waited for for 15 s
+
+
 def test_nodes_join_a_controller_that_died(start, expected_total, port: int) -> None:
     common = ("--nproc-per-node", 1, "--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", port)
     jobs = [start(*common, "--node-rank", 0, FLASH)]
