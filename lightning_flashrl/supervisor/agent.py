@@ -41,7 +41,7 @@ from lightning_flashrl.supervisor.allocator import anonymous_bytes
 from lightning_flashrl.supervisor.device_health import DeviceHealth, DeviceWatch
 from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.pool import StandbyPool
-from lightning_flashrl.supervisor.process import ExitStatus, Process, open_thread
+from lightning_flashrl.supervisor.process import SHORTAGES, ExitStatus, Process, open_thread
 from lightning_flashrl.supervisor.root_link import RootLink
 from lightning_flashrl.supervisor.seat import AgentSettings, Seat, Starter
 from lightning_flashrl.types import RankReport
@@ -56,6 +56,7 @@ _MAX_UNANSWERED = 15
 """Beats, not seconds: an agent that was stopped itself does not blame the controller."""
 _LAUNCH, _STOP = "launch", "stop"
 """Names of what the root holds for the next agent, besides ranks."""
+_RETRY_S = 1.0
 _LOOK_S, _NUM_LOOKS = 0.001, 50
 """A process whose watched thread has ended is looked at this often; later its own descriptor tells."""
 
@@ -317,13 +318,28 @@ class Agent:
         if self._is_stopping or self._is_killing or self._launch is None:
             return
         seat.begin(is_newcomer=self._quorum is not None)
-        self._starter.start(seat, self._launch)
-        self._watch(seat)
+        self._start(seat, self._starter.start)
 
-    def _spawn_cold(self, seat: Seat) -> None:
+    def _start(self, seat: Seat, start: Callable[[Seat, protocol.Launch], None], num_refused: int = 0) -> None:
+        """Start the seat's process; again and again while the machine is short of memory or processes."""
         assert self._launch is not None
-        self._starter.start_cold(seat, self._launch)
-        self._watch(seat)
+        try:
+            start(seat, self._launch)
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            if num_refused == 0:
+                self._tell(f"rank {seat.global_rank} cannot be started yet ({error.strerror}); tried every second")
+            self._loop.call_later(_RETRY_S, lambda: self._start_again(seat, start, num_refused + 1))
+        else:
+            self._watch(seat)
+
+    def _start_again(self, seat: Seat, start: Callable[[Seat, protocol.Launch], None], num_refused: int) -> None:
+        if self._is_stopping or self._is_killing:
+            seat.is_running = False
+            self._check_idle()
+        else:
+            self._start(seat, start, num_refused)
 
     def _watch(self, seat: Seat) -> None:
         assert seat.channel is not None
@@ -423,7 +439,7 @@ class Agent:
             seat.is_running = False
             self._check_idle()
         else:
-            self._spawn_cold(seat)
+            self._start(seat, self._starter.start_cold)
 
     def _on_hello(self, seat: Seat) -> None:
         is_first = not seat.is_listening

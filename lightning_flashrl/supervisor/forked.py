@@ -27,6 +27,7 @@ import atexit
 import builtins
 import codecs
 import contextlib
+import errno
 import gc
 import logging
 import multiprocessing
@@ -307,11 +308,11 @@ class _ForkingPool(StandbyPool):
         """Return a process that will become a rank.
 
         Raises:
-            FatalError: the machine has no room for one more.
+            OSError: the machine has no room for one more.
         """
         candidate = super().take()
         if candidate is None:
-            raise FatalError("no rank can be forked: the machine is short of memory or processes")
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return candidate
 
     def _fork(self) -> Candidate | None:

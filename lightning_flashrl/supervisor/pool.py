@@ -19,7 +19,7 @@ import msgspec
 from lightning_flashrl.messaging.loop import EventLoop
 from lightning_flashrl.messaging.packets import PacketChannel, make_pair
 from lightning_flashrl.supervisor import protocol, standby
-from lightning_flashrl.supervisor.process import Process
+from lightning_flashrl.supervisor.process import SHORTAGES, Process
 from lightning_flashrl.supervisor.root_link import Holding, RootLink
 
 _REFILL_DELAY_S = 1.0
@@ -102,7 +102,7 @@ class StandbyPool:
             when_settled()
             return
         self._when_settled.append(when_settled)
-        holding = self._link.holdings.get(_NAME)
+        holding = self._link.holdings.pop(_NAME, None)
         if self._process is None and (holding is None or not self._take_over(holding)):
             self._start_process()
 
@@ -128,7 +128,19 @@ class StandbyPool:
         }
         self._number += 1
         command = [sys.executable, "-m", standby.__name__]
-        self._watch(*self._link.spawn(_NAME, self._number, command, environ, "FLASHRL_STANDBY_FD"))
+        try:
+            process, control = self._link.spawn(_NAME, self._number, command, environ, "FLASHRL_STANDBY_FD")
+        except OSError as error:
+            if error.errno not in SHORTAGES:
+                raise
+            self._settle()  # ranks are started cold meanwhile
+            self._loop.call_later(_REFILL_DELAY_S, self._start_again)
+        else:
+            self._watch(process, control)
+
+    def _start_again(self) -> None:
+        if self._process is None and not self._is_closed:
+            self._start_process()
 
     def _watch(self, process: Process, control: socket.socket) -> None:
         control.setblocking(False)

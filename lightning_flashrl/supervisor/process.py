@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing.connection
 import multiprocessing.util
 import os
@@ -20,6 +21,8 @@ from lightning_flashrl import clock
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a user sends to a job to end it."""
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM)
+"""Why there may be no process now, and one a second later."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36

@@ -48,6 +48,43 @@ def test_a_loaded_rank_is_replaced_from_standby_within_a_moment(start) -> None:
     assert record["timings_ms"]["detect"] < 100
 
 
+@pytest.mark.parametrize(("standby", "refused"), [(0, "2,4,5"), (1, "1")])
+def test_a_process_that_cannot_be_started_is_started_later(start, expected_total, standby: int, refused: str) -> None:
+    launcher = (PROGRAMS / "flashrun_short_of_processes.py", f"spawn,{refused}")
+    options = ("--nproc-per-node", 2, "--standby", standby)
+    job = start(*options, FLASH, "--fault", "1:5:SIGKILL", launcher=launcher)
+    assert job.wait() == 0
+    assert job.finals() == dict.fromkeys(range(2), expected_total(2, 20))
+    assert ("cannot be started yet (Resource temporarily unavailable)" in job.err) == (standby == 0)
+    assert "the supervisor" not in job.err
+
+
+def test_a_standby_that_cannot_be_started_is_started_later(start) -> None:
+    launcher = (PROGRAMS / "flashrun_short_of_processes.py", "spawn,2,3")
+    job = start("--nproc-per-node", 2, FLASH, "--steps", 100000, launcher=launcher)
+    job.until("start", count=2)
+    known = {int(pid) for pid in re.findall(r"pid (\d+)", job.out)}
+    waiting: set[int] = set()
+    for _ in range(2):  # the standby, and the process that it forked
+        for pid in waiting:
+            os.kill(pid, signal.SIGKILL)
+        deadline, known = time.monotonic() + 10, known | waiting
+        while len(waiting := {p for p, command in job.pids().items() if "standby" in command and p not in known}) < 2:
+            assert time.monotonic() < deadline, job.err
+            time.sleep(0.05)
+    assert "the supervisor" not in job.err
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 143
+
+
+def test_a_job_that_waits_for_a_process_can_be_stopped(start) -> None:
+    launcher = (PROGRAMS / "flashrun_short_of_processes.py", "spawn,2,3,4,5,6,7,8,9")
+    job = start("--nproc-per-node", 2, "--standby", 0, PLAIN, "sleep", launcher=launcher)
+    job.until("cannot be started yet")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 143
+
+
 @pytest.mark.parametrize("how", ["hang", "gil"])
 def test_a_hung_rank_is_killed_and_replaced(start, expected_total, how: str) -> None:
     job = start("--nproc-per-node", 2, "--hang-timeout", 1.5, FLASH, "--fault", f"0:6:{how}")

@@ -238,7 +238,7 @@ def test_a_supervisor_that_dies_again_and_again_ends_the_job(start) -> None:
 
 
 def test_a_supervisor_that_cannot_be_forked_is_forked_later(start, expected_total) -> None:
-    launcher = (PROGRAMS / "flashrun_short_of_processes.py",)
+    launcher = (PROGRAMS / "flashrun_short_of_processes.py", "fork,2,3")
     job = start("--nproc-per-node", 2, FLASH, "--fault", "1:5:supervisor", launcher=launcher)
     assert job.wait() == 0
     assert job.finals() == dict.fromkeys(range(2), expected_total(2, 20))

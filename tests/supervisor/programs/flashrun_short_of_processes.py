@@ -1,23 +1,32 @@
-"""``flashrun`` on a machine that has no room for the second and third supervisor."""
+"""``flashrun`` on a machine that now and then has no room for a process more."""
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from lightning_flashrl.cli import flashrun
-from lightning_flashrl.supervisor import process, root
-
-refusals = [False, True, True]
+from lightning_flashrl.supervisor import root
 
 
-def fork(live: Callable[[], int]) -> int:
-    if refusals and refusals.pop(0):
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-    return process.fork(live)
+def refuse(start: Callable[..., int], numbers: list[int]) -> Callable[..., int]:
+    """Let these calls fail, counted from 1."""
+    num_calls = 0
+
+    def start_or_fail(*arguments: Any) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls in numbers:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start(*arguments)
+
+    return start_or_fail
 
 
 if __name__ == "__main__":
-    root.fork = fork  # type: ignore[attr-defined]
+    which, *numbers = sys.argv.pop(1).split(",")
+    setattr(root, which, refuse(getattr(root, which), list(map(int, numbers))))
     sys.exit(flashrun.main())
