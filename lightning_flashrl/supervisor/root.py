@@ -112,7 +112,9 @@ class Root:
         """Serve until the job is over and all its processes are gone; return its exit status."""
         self._children_before = set(children())
         become_subreaper()
-        with self._loop.catch_signals(STOP_SIGNALS, self._on_signal):
+        is_hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup
+        stop_signals = tuple(n for n in STOP_SIGNALS if n != signal.SIGHUP or not is_hangup_ignored)
+        with self._loop.catch_signals(stop_signals, self._on_signal):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             try:
                 self._start(None)

@@ -274,6 +274,16 @@ def test_nothing_survives_flashrun_itself(start, program: tuple[str, ...]) -> No
     assert job.leftovers() == []
 
 
+def test_under_nohup_a_job_outlives_its_terminal(start, expected_total) -> None:
+    nohup = ("-c", "import os, sys; os.execvp('nohup', ['nohup', sys.executable, *sys.argv[1:]])")
+    launcher = (*nohup, "-m", "lightning_flashrl.cli.flashrun")
+    job = start("--nproc-per-node", 2, FLASH, "--steps", 50, launcher=launcher)
+    job.until("start", count=2)
+    job.process.send_signal(signal.SIGHUP)
+    assert job.wait() == 0
+    assert job.finals() == dict.fromkeys(range(2), expected_total(2, 50))
+
+
 def test_no_replacement_is_born_while_the_job_stops(start) -> None:
     job = start("--nproc-per-node", 2, FLASH, "--steps", 100000)
     job.until("start", count=2)
