@@ -29,7 +29,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -376,7 +376,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     path_entry = _path_entry(arguments.program, is_module=arguments.module)
 
-    def make_pool(loop: EventLoop, link: RootLink) -> StandbyPool:
+    def make_pool(loop: EventLoop, link: RootLink, tell: Callable[[str], None]) -> StandbyPool:
         return StandbyPool(loop, link, arguments.standby, program.modules, core_modules(program), path_entry, tell)
 
     address = f"[{place.host}]" if ":" in place.host else place.host

@@ -172,7 +172,7 @@ class ForkedJob:
                 log_dir=self._log_dir,
             ),
             slots=self._slots,
-            make_pool=lambda loop, link: _ForkingPool(loop, link, _tell),
+            make_pool=_ForkingPool,
             tell=_tell,
             show=_show,
             job=JobSettings(uses_flash=True, run_id=_RUN_ID),

@@ -64,6 +64,7 @@ from lightning_flashrl.supervisor.root_link import (
     Takeover,
     ToSupervisor,
     Unborn,
+    Writing,
     decode_request,
 )
 
@@ -105,6 +106,7 @@ class Root:
         self._exit_code: int | None = None
         self._asked_signal = 0
         self._beat_ns = 0
+        self._is_writing = False
         self._memory: Memory | None = None
         self._verdict = ""
 
@@ -152,6 +154,7 @@ class Root:
             theirs.close()
         self._number += 1
         self._beat_ns, self._memory, self._verdict = clock.now_ns(), None, ""
+        self._is_writing = False
         self._supervisor = Process(pid)
         ours.setblocking(False)
         self._messages = Messages(ours)
@@ -194,12 +197,12 @@ class Root:
         self._loop.call_later(_GRACE_S, end)
 
     def _look(self) -> None:
-        """Judge the supervisor as a rank that trains and waits for others: it need not advance, but must run."""
+        """Judge the supervisor as a rank that waits for others: it must run, or write, but need not advance."""
         beat = Heartbeat(
             pid=self._supervisor.pid,
             incarnation=self._number,
             state=RankState.TRAINING,
-            thread_beat_ns=self._beat_ns,
+            thread_beat_ns=clock.now_ns() if self._is_writing else self._beat_ns,
             loop_beat_ns=0,
             loop_beats=0,
             waiting_since_ns=self._beat_ns,
@@ -249,6 +252,8 @@ class Root:
                 if known is not None:
                     held = {holding.pid for holding in self._holdings.values()}
                     reap_strangers(held | set(known) | {self._supervisor.pid} | self._children_before)
+            case Writing(is_begin=is_begin):
+                self._is_writing, self._beat_ns = is_begin, clock.now_ns()
             case Done(exit_code=exit_code):
                 self._exit_code = exit_code
 

@@ -82,6 +82,16 @@ class Alive(Message, frozen=True):
     known: tuple[int, ...] | None
 
 
+class Writing(Message, frozen=True):
+    """The supervisor writes to the user, who may let it wait for long: a pager, a terminal that was stopped.
+
+    Attributes:
+        is_begin: it begins; otherwise it is through.
+    """
+
+    is_begin: bool
+
+
 class Done(Message, frozen=True):
     """The job is over.
 
@@ -116,7 +126,7 @@ class Signalled(Message, frozen=True):
     number: int
 
 
-RootRequest: TypeAlias = Spawn | Copy | Hold | Bury | Alive | Done
+RootRequest: TypeAlias = Spawn | Copy | Hold | Bury | Alive | Writing | Done
 ToSupervisor: TypeAlias = Born | Unborn | Signalled
 
 _encoder = msgspec.msgpack.Encoder()
@@ -331,6 +341,18 @@ class RootLink:
     def say_alive(self, known: set[int] | None) -> None:
         """See :class:`Alive`."""
         self._messages.send(Alive(None if known is None else tuple(known)))
+
+    def patiently(self, write: Callable[[str], None]) -> Callable[[str], None]:
+        """Return what does the same as ``write``, and is no hang however long the user does not read."""
+
+        def write_patiently(text: str) -> None:
+            self._messages.send(Writing(is_begin=True))
+            try:
+                write(text)
+            finally:
+                self._messages.send(Writing(is_begin=False))
+
+        return write_patiently
 
     def end(self, exit_code: int) -> None:
         """The job is over."""

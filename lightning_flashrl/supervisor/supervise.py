@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 
@@ -33,7 +33,7 @@ class Supervision:
         settings: of the agent.
         environment: of the ranks.
         slots: one per local rank.
-        make_pool: makes the pool of processes on standby.
+        make_pool: makes the pool of processes on standby; given what shows a line to the user.
         tell: shows a line to the user.
         show: shows a block of rank output.
         job: of the controller; ``None`` where it runs on another node.
@@ -47,7 +47,7 @@ class Supervision:
     settings: AgentSettings
     environment: RankEnvironment
     slots: list[RankSlot]
-    make_pool: Callable[[EventLoop, RootLink], StandbyPool]
+    make_pool: Callable[[EventLoop, RootLink, Callable[[str], None]], StandbyPool]
     tell: Callable[[str], None]
     show: Callable[[str], None]
     job: JobSettings | None
@@ -59,8 +59,9 @@ class Supervision:
 
     def run(self, link: RootLink) -> int:
         """Supervise until the job is over, and return its exit status."""
+        patient = replace(self, tell=link.patiently(self.tell), show=link.patiently(self.show))
         try:
-            return self._run(link)
+            return patient._run(link)
         except ConfigurationError as error:
             self.tell(f"error: {error}")
             return _WRONG_SETTING
@@ -76,7 +77,7 @@ class Supervision:
             LOCAL_ENDPOINT if service is not None or self.endpoint is None else self.endpoint,
             self.settings,
             self.environment,
-            self.make_pool(loop, link),
+            self.make_pool(loop, link, self.tell),
             self.slots,
             tell=self.tell,
             show=self.show,

@@ -147,6 +147,22 @@ def test_a_stopped_supervisor_is_replaced(start, expected_total) -> None:
     assert "rank 1 lost: killed by SIGKILL" in job.err
 
 
+def test_a_supervisor_that_waits_for_who_reads_its_output_is_not_replaced(start, tmp_path: Path) -> None:
+    reads_late = """
+import fcntl, os, subprocess, sys
+reader = subprocess.Popen(["sh", "-c", "sleep 4; exec cat"], stdin=subprocess.PIPE)
+fcntl.fcntl(reader.stdin, fcntl.F_SETPIPE_SZ, 4096)
+os.dup2(reader.stdin.fileno(), 1)
+os.execv(sys.executable, [sys.executable, "-m", "lightning_flashrl.cli.flashrun", *sys.argv[1:]])
+"""
+    options = ("--nproc-per-node", 1, "--hang-timeout", 1, "--log-dir", tmp_path / "logs")
+    job = start(*options, PLAIN, "chat", launcher=("-c", reads_late))
+    assert job.wait() == 0
+    assert job.leftovers() == []
+    assert re.findall(r"line (\d+) of rank 0", job.out) == [str(n) for n in range(1000)]
+    assert job.err == ""
+
+
 def test_a_job_that_sleeps_as_a_whole_wakes_as_it_was(start) -> None:
     job = start("--nproc-per-node", 2, FLASH, "--steps", 150)
     job.until("start", count=2)
