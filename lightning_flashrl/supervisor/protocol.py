@@ -116,16 +116,16 @@ class Order(Message, frozen=True):
     """Become a rank: for a process that waits on standby.
 
     Attributes:
-        environ: the complete environment.
-        argv: script or module, then its arguments.
+        environ: the complete environment, as the system has it: bytes that need not be UTF-8.
+        argv: script or module, then its arguments, likewise.
         is_module: whether ``argv[0]`` is a module's name.
-        log_path: file for stdout and stderr; ``None`` leaves them on the terminal.
+        log_path: file for stdout and stderr, likewise; ``None`` leaves them on the terminal.
     """
 
-    environ: dict[str, str]
-    argv: list[str]
+    environ: dict[bytes, bytes]
+    argv: list[bytes]
     is_module: bool
-    log_path: str | None
+    log_path: bytes | None
 
 
 class Warm(Message, frozen=True):

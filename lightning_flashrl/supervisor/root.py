@@ -263,9 +263,10 @@ class Root:
 
     def _spawn(self, request: Spawn) -> None:
         ours, theirs = make_pair()
-        environ = request.environ | {request.variable: str(theirs.fileno())}
+        environ = {os.fsdecode(name): os.fsdecode(value) for name, value in request.environ.items()}
+        environ[request.variable] = str(theirs.fileno())
         try:
-            pid = spawn(request.argv, environ, (theirs.fileno(),))
+            pid = spawn(list(map(os.fsdecode, request.argv)), environ, (theirs.fileno(),))
         except OSError as error:
             ours.close()
             self._send(Unborn(error.errno or 0, error.strerror or str(error)))

@@ -33,15 +33,15 @@ class Spawn(Message, frozen=True):
     Attributes:
         name: of the holding.
         number: of the holding.
-        argv: the command.
-        environ: its environment.
+        argv: the command, as the system has it: bytes that need not be UTF-8.
+        environ: its environment, likewise.
         variable: gets the number of the descriptor.
     """
 
     name: str
     number: int
-    argv: list[str]
-    environ: dict[str, str]
+    argv: list[bytes]
+    environ: dict[bytes, bytes]
     variable: str
 
 
@@ -290,7 +290,7 @@ class RootLink:
         Raises:
             OSError: it cannot be started.
         """
-        self._messages.send(Spawn(name, number, argv, environ, variable))
+        self._messages.send(Spawn(name, number, list(map(os.fsencode, argv)), encode_environ(environ), variable))
         return self._born()
 
     def copy(self) -> tuple[HeldProcess, socket.socket]:
@@ -358,6 +358,11 @@ class RootLink:
         """The job is over."""
         with contextlib.suppress(BrokenPipeError):
             self._messages.send(Done(exit_code))
+
+
+def encode_environ(environ: Mapping[str, str]) -> dict[bytes, bytes]:
+    """Return an environment as the system has it."""
+    return {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
 
 
 def decode_request(payload: bytes) -> RootRequest:

@@ -155,7 +155,8 @@ def report(raised: protocol.Raised) -> None:
     """Tell the agent of an exception. On return the message has left this process."""
     channel = rank_channel()
     if channel is not None and channel.is_own:
-        payload = protocol.encode(raised)
+        text = raised.traceback.encode(errors="backslashreplace").decode()  # a name of a file need not be UTF-8
+        payload = protocol.encode(protocol.Raised(text, raised.exit_code))
         with own_slot() as slot, contextlib.suppress(SnapshotTooLargeError):
             slot.write(Region.RAISED, [payload])
         channel.send(payload)

@@ -19,7 +19,7 @@ from lightning_flashrl.supervisor.environment import RankEnvironment
 from lightning_flashrl.supervisor.pool import StandbyPool
 from lightning_flashrl.supervisor.process import Process
 from lightning_flashrl.supervisor.protocol import Failure, Launch
-from lightning_flashrl.supervisor.root_link import Holding, RootLink
+from lightning_flashrl.supervisor.root_link import Holding, RootLink, encode_environ
 from lightning_flashrl.supervisor.tail import LogTail
 
 
@@ -186,9 +186,13 @@ class Starter:
             self.start_cold(seat, launch)
             return
         seat.channel, seat.process = candidate.channel, candidate.process
+        log_path = self._open_log(seat)
         order = protocol.encode(
             protocol.Order(
-                self._environ(seat, launch), list(self._settings.argv), self._settings.is_module, self._open_log(seat)
+                encode_environ(self._environ(seat, launch)),
+                list(map(os.fsencode, self._settings.argv)),
+                self._settings.is_module,
+                None if log_path is None else os.fsencode(log_path),
             )
         )
         pid = 0 if seat.process is None else seat.process.pid

@@ -119,13 +119,13 @@ def await_order(channel: RankChannel) -> protocol.Order | None:
 
 def take_seat(channel: RankChannel, order: protocol.Order) -> None:
     """Take over the environment, the channel and the log of the rank that this process becomes."""
-    os.environ.clear()
-    os.environ.update(order.environ)
+    os.environb.clear()
+    os.environb.update(order.environ)
     os.environ["FLASHRL_CONTROL_FD"] = str(channel.fileno())
     adopt_channel(channel)
     write_name()
     channel.send(protocol.encode(protocol.Ready(os.getpid())))
-    redirect_output(order.log_path)
+    redirect_output(None if order.log_path is None else os.fsdecode(order.log_path))
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def main() -> None:
     gc.enable()
     take_seat(channel, order)
     look_fresh()
-    run_program(order.argv, is_module=order.is_module)
+    run_program(list(map(os.fsdecode, order.argv)), is_module=order.is_module)
 
 
 if __name__ == "__main__":

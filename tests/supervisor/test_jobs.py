@@ -274,6 +274,18 @@ def test_nothing_survives_flashrun_itself(start, program: tuple[str, ...]) -> No
     assert job.leftovers() == []
 
 
+@pytest.mark.parametrize("standby", [0, 1])
+def test_names_need_not_be_utf8(start, tmp_path: Path, standby: int) -> None:
+    name = os.fsdecode(b"a\xffb")
+    options = ("--standby", standby, "--log-dir", tmp_path / name)
+    job = start(*options, PLAIN, "bytes", name, FLASHRL_TEST_BYTES=name)
+    assert job.wait() == 0
+    assert "found [b'a\\xffb', b'a\\xffb']" in job.out
+    job = start("--standby", standby, "--max-restarts", 3, FLASH, "--fault", f"0:3:raise-{name}")
+    assert job.wait() == 1
+    assert "[flashrun] ValueError: a\\udcffb" in job.err
+
+
 def test_under_nohup_a_job_outlives_its_terminal(start, expected_total) -> None:
     nohup = ("-c", "import os, sys; os.execvp('nohup', ['nohup', sys.executable, *sys.argv[1:]])")
     launcher = (*nohup, "-m", "lightning_flashrl.cli.flashrun")

@@ -124,6 +124,8 @@ def strike(how: str) -> None:
     match how:
         case "raise":
             raise ValueError("this is the user's error")
+        case _ if how.startswith("raise-"):
+            raise ValueError(how.removeprefix("raise-"))
         case "sysexit":
             sys.exit(7)
         case "exit":

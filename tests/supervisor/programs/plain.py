@@ -40,6 +40,9 @@ def main() -> None:
                 os._exit(5)
             print(f"done {rank} {restart}", flush=True)
             time.sleep(0.5 if restart == "0" else 0)
+        case "bytes":
+            found = [os.environb[b"FLASHRL_TEST_BYTES"], os.fsencode(sys.argv[2])]
+            print(f"found {found}", flush=True)
         case "raise":
             raise RuntimeError(f"rank {rank}, restart {restart}")
         case "sleep":
