@@ -344,7 +344,8 @@ def _live_as_rank(sock: socket.socket, root_pid: int, inherited: set[int], progr
 
 
 def _open_fds() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
+    """Return what is open, without the descriptor that it takes to look."""
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
 
 
 def _run_to_the_end(program: Callable[[], None]) -> int:
