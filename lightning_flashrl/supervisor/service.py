@@ -84,9 +84,9 @@ class ControllerService:
             self.controller = self._resume(records)
         else:
             self.controller = Controller(settings, free_port)
-            self._keep_whole()
             if self._log_path is not None and os.path.exists(self._log_path):
                 os.remove(self._log_path)
+            self._keep_whole()  # from now on there may be a successor, and lines that are ours
         self._peers: dict[int, bytes] = {}
         self._nodes: dict[bytes, int] = {}
         self._door = None if keys is None else DoorKeeper(context, loop, keys)

@@ -120,6 +120,19 @@ def test_the_end_of_a_recovery_is_logged_by_the_successor(bench: Bench, monkeypa
         assert bench.num_logged == 1
 
 
+def test_the_log_of_an_earlier_job_goes_before_there_can_be_a_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "recovery.jsonl"
+    log.write_text("{}\n")
+    monkeypatch.setattr(ControllerService, "_keep_whole", lambda service: has_log.append(log.exists()))
+    has_log: list[bool] = []
+    bench = Bench(tmp_path)
+    bench.end()
+    bench.chronicle.close()
+    assert has_log[0] is False
+
+
 def test_the_successor_says_why_the_job_stops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.service, "_perform", lambda actions: None)
     bench.say(protocol.FromRank(0, protocol.Raised("Traceback\nValueError: no\n")))
