@@ -503,6 +503,11 @@ class Control:
                 for ticket in tickets:
                     ticket.finish(EndOfStream(pool.task))
 
+    def release_owner(self, owner: str) -> None:
+        """A client's leases go back."""
+        with self._acting():
+            self.ledger.release_owner(owner)
+
     def forget_owner(self, owner: str) -> None:
         """A client is gone: its leases go back, its extents are sealed."""
         with self._acting():

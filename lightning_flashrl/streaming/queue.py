@@ -438,7 +438,7 @@ class TransferQueue(QueueVerbs):
         try:
             if self.journal is not None:
                 self._follow(self.journal, hear_note)
-                self.control.forget_owner(_LOCAL)  # threads of a process that is gone
+                self.control.release_owner(_LOCAL)  # threads of a process that is gone
             elif snapshot is not None:
                 with tempfile.TemporaryDirectory(prefix="flashrl-") as folder:
                     path = Path(folder) / "snapshot"

@@ -6,7 +6,8 @@ import collections
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_flashrl.asyncrl.host import HostSettings, StreamHost
+from lightning_flashrl.asyncrl.settings import StepSettings, Workflow
+from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, PromptSampler, StepPlan, StepSampler
 from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError, WouldBlock
@@ -355,6 +359,7 @@ class Life:
             UPDATE: Task(FIELDS, StepSampler(self.plan), token_fields=("prompt.tokens", "response.tokens")),
         }
         self.queue = TransferQueue(EXPERIENCE, tasks)
+        self.fields: Sequence[str] = [*FIELDS, "policy_version"]
         self.workers: list[list[Lease]] = [[]]
         self.taken: dict[int, list[Lease]] = {0: [], 1: []}
         self.trained: dict[int, int] = {}  # row → staleness
@@ -413,7 +418,7 @@ class Life:
         try:
             lease = self.queue.lease_nowait(
                 UPDATE,
-                [*FIELDS, "policy_version"],
+                self.fields,
                 tokens=4,
                 policy_version=step,
                 micro_batch=len(self.taken[replica]),
@@ -430,7 +435,7 @@ class Life:
         for (replica, number), rows in self.plan.shares[UPDATE].get(step, {}).items():
             assert self.trained.keys().isdisjoint(rows)
             lease = self.queue.lease_nowait(
-                UPDATE, ["policy_version"], tokens=4, policy_version=step, micro_batch=number, replica_rank=replica
+                UPDATE, self.fields, tokens=4, policy_version=step, micro_batch=number, replica_rank=replica
             )
             assert list(lease.rows) == rows
             for row, version in zip(rows, lease["policy_version"], strict=True):
@@ -453,3 +458,78 @@ def test_no_row_is_trained_too_late_whatever_dies_comes_back_or_is_added(seed: i
         counts = life.queue.statistics().tasks[UPDATE]
         assert counts.num_committed == len(life.trained)
         assert counts.num_stale == 0
+
+
+class HostedLife(Life):
+    """The same, where the host dies, too, and the next one goes on from its journal."""
+
+    def __init__(self, seed: int, bound: int, journal: Path) -> None:
+        super().__init__(seed, bound)
+        self.queue.shutdown()
+        self._journal = journal
+        self._settings = HostSettings(
+            steps=StepSettings(prompts=2, group_size=2),
+            workflow=Workflow.ASYNC,
+            max_staleness=bound,
+            stages=Stages(),
+            version=0,
+            limit=None,
+            filters_uninformative=False,
+            redoes_steps=True,
+            first_group=0,
+            lease_timeout_s=600.0,
+            weights={},
+            teams=(),
+            log_dir=None,
+        )
+        self.fields = Stages().fields(UPDATE)
+        self.num_deaths = 0
+        self.begin_host()
+
+    def begin_host(self) -> None:
+        self.host = StreamHost(self._settings, journal=self._journal)
+        self.plan, self.queue = self.host.plan, self.host.queue
+
+    def die(self) -> None:
+        """Without a word, as a killed process does; its leases are of threads of that process."""
+        self.num_deaths += 1
+        with self.queue.control.lock:
+            self.queue.control.ledger.log = None
+            assert self.queue.journal is not None
+            self.queue.journal.end()
+            self.queue.journal = None
+            self.plan.keep = lambda: None
+        self.host.close()
+        self.workers = [[] for _ in self.workers]
+        self.taken = {0: [], 1: []}
+        self.begin_host()
+
+    def feed(self) -> None:
+        if self.random.random() < 0.1:
+            self.plan.resume()
+        super().feed()
+
+
+@given(seed=st.integers(0, 1 << 30), bound=st.integers(0, 3))
+@settings(deadline=None, max_examples=12)
+def test_so_it_is_when_the_host_dies(seed: int, bound: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    life = HostedLife(seed, bound, tmp_path_factory.mktemp("host") / "journal")
+    moves = [life.feed, life.begin, life.answer, life.train] * 4 + [life.scale, life.die]
+    try:
+        for _ in range(250):
+            life.random.choice(moves)()
+        done = len(life.trained)
+        for _ in range(150):  # nothing is stuck
+            for move in (life.feed, life.begin, life.begin, life.answer, life.answer, life.train, life.train):
+                move()
+            life.workers = life.workers or [[]]
+        assert len(life.trained) > done
+        assert all(staleness <= bound for staleness in life.trained.values())
+        life.host.finish(life.plan.gate.version)
+        view = life.host.view()
+        counts = view.queue.tasks[UPDATE]
+        assert counts.num_committed == len(life.trained)
+        assert counts.num_stale == 0
+        assert view.books()["rows_lost"] == 0
+    finally:
+        life.host.close()

@@ -83,6 +83,16 @@ def test_the_next_queue_has_the_same_rows(tmp_path: Path) -> None:
         assert third.statistics().num_put == 7
 
 
+def test_what_is_put_after_a_resume_has_a_place_of_its_own(tmp_path: Path) -> None:
+    first = make(tmp_path / "queue.journal")
+    first.put(prompts(3))
+    leave(first)
+    with make(tmp_path / "queue.journal") as queue:
+        queue.clear()
+        queue.put(prompts(2, 4))
+        assert [prompt.tolist() for prompt in queue.lease("rollout", count=2)["prompt"]] == [[0, 1], [0, 1, 2, 3]]
+
+
 def test_a_closed_queue_stays_closed_and_memory_of_restored_rows_returns(tmp_path: Path) -> None:
     path = tmp_path / "queue.journal"
     first = make(path)
