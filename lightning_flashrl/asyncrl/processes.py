@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_flashrl import clock
+from lightning_flashrl.files import replacing
 from lightning_flashrl.supervisor.root import SUPERVISOR_NAME
 
 _SAME_S = 1.0
@@ -102,9 +103,8 @@ def is_alive(entry: ProcessEntry) -> bool:
 def write_processes(path: Path, entries: list[ProcessEntry]) -> None:
     """Write them, whole or not at all."""
     text = json.dumps({"written_s": clock.wall_s(), "processes": [asdict(entry) for entry in entries]}, indent=1)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(text)
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text)
 
 
 def read_processes(path: Path) -> tuple[float, list[ProcessEntry]]:

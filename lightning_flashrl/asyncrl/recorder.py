@@ -30,6 +30,7 @@ from lightning_flashrl.asyncrl.module import AsyncRL
 from lightning_flashrl.asyncrl.processes import list_processes, write_processes
 from lightning_flashrl.asyncrl.session import LeadSession
 from lightning_flashrl.errors import FlashRLError
+from lightning_flashrl.files import replacing
 from lightning_flashrl.supervisor.protocol import RecoveryRecord
 
 _LOOK_S = 0.5
@@ -231,9 +232,8 @@ class RunRecorder(L.Callback):
                 session = data.current_session
                 recovery_ms = {"trainer": self._rank_recovery_ms, **session.view().recovery_ms}
                 self._books = {**session.books(), "recovery_ms": recovery_ms}
-                beside = path.with_suffix(".tmp")
-                beside.write_text(json.dumps(self._books))
-                beside.replace(path)
+                with replacing(path) as beside:
+                    beside.write_text(json.dumps(self._books))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary."""

@@ -13,7 +13,6 @@ trained again bit for bit, without rollouts, whatever ``max_staleness`` was, and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from lightning_flashrl.errors import ConfigurationError
+from lightning_flashrl.files import replacing
 from lightning_flashrl.streaming import Batch, Lease, Ragged
 
 _NEVER_S = float("inf")
@@ -45,16 +45,16 @@ class StepRecord:
         """Make the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
-            _write_whole(self.folder / "record.json", json.dumps({"world_size": self._world_size}).encode())
+            with replacing(self.folder / "record.json") as beside:
+                beside.write_text(json.dumps({"world_size": self._world_size}))
 
     def write(self, version: int, leases: Sequence[Lease]) -> None:
         """Write the micro-batches that this rank has trained in the step that starts from a version."""
         path = self._path(version)
         path.parent.mkdir(exist_ok=True)
         parts = [(lease.task, list(lease.rows), _plain(lease.batch)) for lease in leases]
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(parts, beside)
-        beside.replace(path)
+        with replacing(path) as beside:
+            torch.save(parts, beside)
 
     # ------------------------------------------------------------------ reading
     def check(self) -> None:
@@ -104,9 +104,3 @@ def _plain(batch: Batch) -> dict[str, Any]:
 
 def _restored(column: Any) -> Any:
     return Ragged(*column) if isinstance(column, tuple) else column
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    beside.replace(path)

@@ -283,11 +283,6 @@ class StepPlan:
         first_row = self._first_rows.get(group)
         return first_row is not None and first_row <= row < first_row + self.group_size
 
-    def keep_arrived(self) -> None:
-        """Groups are in the queue: that is kept before rows of them are leased."""
-        with self.changed:
-            self.keep()
-
     def resume(self) -> int:
         """Whoever gave prompts is gone: groups that did not arrive have not begun. Returns the next group's number."""
         with self.changed:
@@ -370,7 +365,8 @@ class PromptSampler(OldestFirst):
         first_rows = {group: int(rows[groups == group].min()) for group in np.unique(groups[is_new]).tolist()}
         twice = [group for group, row in first_rows.items() if not self._plan.arrived(group, row)]
         if first_rows:
-            self._plan.keep_arrived()
+            with self._plan.changed:
+                self._plan.keep()  # before rows of these groups are leased
         is_stale = is_new & np.isin(groups, twice)
         self._stale += rows[is_stale].tolist()
         kept = ~is_stale

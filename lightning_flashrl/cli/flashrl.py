@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_flashrl.errors import ConfigurationError, FlashRLError
+from lightning_flashrl.files import replacing
 
 _OUTPUT_DIR = "FLASHRL_OUTPUT_DIR"
 """Where the run writes, for the ranks that it starts."""
@@ -151,9 +152,8 @@ def _warm_start(engine: Any, data: Any, settings: dict[str, Any], output_dir: Pa
             console.print(f"warm start: step {step + 1}/{settings['steps']}, loss {loss:.3f}", highlight=False)
 
     warm_start(engine, data.task, data.tokenizer, **settings, on_step=tell)
-    beside = kept.with_suffix(".tmp")
-    torch.save(engine.state_dict(), beside)
-    beside.replace(kept)
+    with replacing(kept) as beside:
+        torch.save(engine.state_dict(), beside)
 
 
 def train(cfg: DictConfig, output_dir: Path, console: Console) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from lightning_flashrl.errors import (
     SchemaMismatchError,
     WouldBlock,
 )
+from lightning_flashrl.files import replacing
 from lightning_flashrl.messaging.memory import make_memory
 from lightning_flashrl.streaming.control import Bounds, Control, Grant, LeaseRequest, QueueStatistics, Ticket
 from lightning_flashrl.streaming.ledger import Ledger, Task, Written
@@ -409,7 +410,8 @@ class TransferQueue(QueueVerbs):
         self.journal: QueueJournal | None = None
         if journal is not None:
             if snapshot is not None and not Path(journal).exists():
-                _write(Path(journal), snapshot)
+                with replacing(Path(journal)) as beside:
+                    beside.write_bytes(snapshot)
             self.journal = QueueJournal(Path(journal), self.schema, tuple(checked_tasks), clear_consumed=clear_consumed)
         self.unit_processes = tuple(UnitProcess(self.secret, host) for _ in range(num_storage_units))
         if num_storage_units:
@@ -442,7 +444,7 @@ class TransferQueue(QueueVerbs):
             elif snapshot is not None:
                 with tempfile.TemporaryDirectory(prefix="flashrl-") as folder:
                     path = Path(folder) / "snapshot"
-                    _write(path, snapshot)
+                    path.write_bytes(snapshot)
                     found = QueueJournal(path, self.schema, tuple(checked_tasks), clear_consumed=clear_consumed)
                     self._follow(found, hear_note)
                     self.control.ledger.log = None
@@ -615,13 +617,6 @@ def _check_timeout(name: str, timeout_s: float | None) -> float | None:
     if timeout_s is not None and not timeout_s >= 0:
         raise ConfigurationError(f"{name}={timeout_s}; use 0 s or more, or None to wait as long as it takes")
     return timeout_s
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    beside.replace(path)
 
 
 def _as_rows(rows: Sequence[int]) -> Rows:
