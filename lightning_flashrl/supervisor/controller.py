@@ -173,11 +173,6 @@ class Controller:
         return self._recovery is not None
 
     @property
-    def stop_reason(self) -> str:
-        """What the user is told of why the job stops; empty while it does not, and where there is nothing to tell."""
-        return "" if self._stop_order is None else self._stop_order.reason
-
-    @property
     def world_size(self) -> int:
         """Ranks of the job; 0 until all nodes have joined."""
         return self._world_size

@@ -1,8 +1,9 @@
 """Carries the controller's decisions out: its socket, its log file, its lines on stderr.
 
 What the controller is told goes into a chronicle before it takes effect anywhere: now and then the whole controller,
-then message by message. A successor in another process reads it, and is the same controller. What its predecessor
-decided and did not carry out any more is carried out when the agents, which it does not know yet, say hello again.
+then message by message, with a mark wherever the user has been told all that came of them. A successor in another
+process reads it, and is the same controller. What its predecessor decided and did not carry out any more is carried out
+when the agents, which it does not know yet, say hello again; what the user was not told any more is told first of all.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _BACKLOG = 4096
 _STRANGER = -1
 _HEARD = struct.Struct("<qq")
 """When, and from which node (or :data:`_STRANGER`)."""
+_TOLD = b""
+"""In the place of a message: the user has been told all that came of those before."""
 _CHRONICLE_BYTES = 1 << 20
 """A longer chronicle is begun anew, unless it is not twice as long as at its last beginning."""
 
@@ -79,6 +82,7 @@ class ControllerService:
         self._log_path = None if log_dir is None else os.path.join(log_dir, "recovery.jsonl")
         self._chronicle = chronicle
         self._most_bytes = _CHRONICLE_BYTES
+        self._untold: list[str] = []
         records = [] if chronicle is None else chronicle.records()
         if records:
             self.controller = self._resume(records)
@@ -110,9 +114,13 @@ class ControllerService:
 
     def _resume(self, records: list[bytes]) -> Controller:
         """Tell a controller what its predecessor was told; write what that one had no time to write."""
-        controller: Controller = pickle.loads(records[0])  # our own memory, never the network
+        controller: Controller
+        controller, self._untold = pickle.loads(records[0])  # our own memory, never the network
         told: list[protocol.RecoveryRecord] = []
         for record in records[1:]:
+            if record == _TOLD:
+                self._untold.clear()
+                continue
             now_ns, node_rank = _HEARD.unpack_from(record)
             message = protocol.decode_agent_message(record[_HEARD.size :])
             if isinstance(message, protocol.AgentHello):
@@ -120,6 +128,7 @@ class ControllerService:
             else:
                 actions = controller.handle(now_ns, node_rank, message)
             told += [action.record for action in actions if isinstance(action, Keep)]
+            self._note_lines(actions)
         num_missing = controller.num_records - self._num_logged()
         for told_record in told[len(told) - num_missing :] if 0 < num_missing <= len(told) else []:
             self._keep(told_record)
@@ -136,9 +145,8 @@ class ControllerService:
         return sum(bool(msgspec.json.decode(line)["lost"]) for line in lines)
 
     def note_takeover(self, reason: str, duration_ms: float) -> None:
-        """Write to the log that this service took over; the one that ended may not have said why the job stops."""
-        if self.controller.stop_reason:
-            self._tell(self.controller.stop_reason)
+        """Write to the log that this service took over, and tell what the one that ended did not."""
+        self._tell_rest()
         quorum_id, stages = self.controller.quorum_id, {"total": round(duration_ms, 3)}
         self._keep(protocol.RecoveryRecord(quorum_id, (), {}, {}, reason, stages, True, clock.wall_s()))
 
@@ -204,9 +212,11 @@ class ControllerService:
 
     def _carry_out(self, actions: list[Action], old_state: JobState) -> None:
         """Perform actions. What chance decided, at a change of the state, is kept before anybody hears of it."""
+        self._note_lines(actions)
         if self.controller.state is not old_state:
             self._keep_whole()
         self._perform(actions)
+        self._tell_rest()
         if self._is_long and not self.controller.is_recovering:
             self._keep_whole()
 
@@ -217,12 +227,24 @@ class ControllerService:
 
     def _keep_whole(self) -> None:
         if self._chronicle is not None:
-            self._chronicle.begin(pickle.dumps(self.controller))
+            self._chronicle.begin(pickle.dumps((self.controller, self._untold)))
             self._most_bytes = max(_CHRONICLE_BYTES, 2 * self._chronicle.size_bytes)
 
     @property
     def _is_long(self) -> bool:
         return self._chronicle is not None and self._chronicle.size_bytes > self._most_bytes
+
+    def _note_lines(self, actions: list[Action]) -> None:
+        self._untold += [action.text for action in actions if isinstance(action, Tell)]
+
+    def _tell_rest(self) -> None:
+        if not self._untold:
+            return
+        for text in self._untold:
+            self._tell(text)
+        self._untold.clear()
+        if self._chronicle is not None:
+            self._chronicle.append(_TOLD)
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
@@ -234,8 +256,6 @@ class ControllerService:
                 case Send(node_rank=int(node_rank), message=message):
                     if node_rank in self._peers:  # else its agent has yet to say hello, and is told then
                         self._socket.send_multipart([self._peers[node_rank], protocol.encode(message)])
-                case Tell(text=text):
-                    self._tell(text)
                 case Keep(record=record):
                     self._keep(record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,18 @@ class Bench:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+@contextlib.contextmanager
+def dying(service: ControllerService, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the service decides here, it does not carry out any more."""
+
+    def die(actions: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(service, "_perform", die)
+    with pytest.raises(InterruptedError):
+        yield
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
@@ -106,18 +119,28 @@ def test_the_end_of_a_recovery_is_logged_by_the_successor(bench: Bench, monkeypa
     bench.lose(1)
     bench.report()
     bench.put(0, 1 << 21)  # from now on the chronicle is long
-
-    def die(actions: object) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr(bench.service, "_perform", die)
-    with pytest.raises(InterruptedError):
+    with dying(bench.service, monkeypatch):
         bench.say(protocol.NodeRestored(1, (0, 1), {}))
     assert bench.num_logged == 0
     for _ in range(2):
         bench.end()
         bench.begin()
         assert bench.num_logged == 1
+
+
+def test_the_end_of_a_recovery_is_told_by_the_successor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.lose(1)
+    bench.report()
+    bench.told.clear()
+    with dying(bench.service, monkeypatch):
+        bench.say(protocol.NodeRestored(1, (0, 1), {}))
+    assert bench.told == []
+    for _ in range(2):  # the second one finds that the user has been told
+        bench.end()
+        bench.begin()
+        bench.service.note_takeover("the supervisor was killed by SIGKILL", 1.0)
+        (line,) = bench.told
+        assert line.startswith("rank(s) 1 back after")
 
 
 def test_the_log_of_an_earlier_job_goes_before_there_can_be_a_successor(
@@ -134,8 +157,8 @@ def test_the_log_of_an_earlier_job_goes_before_there_can_be_a_successor(
 
 
 def test_the_successor_says_why_the_job_stops(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.service, "_perform", lambda actions: None)
-    bench.say(protocol.FromRank(0, protocol.Raised("Traceback\nValueError: no\n")))
+    with dying(bench.service, monkeypatch):
+        bench.say(protocol.FromRank(0, protocol.Raised("Traceback\nValueError: no\n")))
     assert bench.told == []
     bench.end()
     bench.begin()
