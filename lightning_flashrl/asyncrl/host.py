@@ -7,6 +7,7 @@ It lives in the process of rank 0, or, where ranks may die and come back, in one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.settings import StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import CRITIC, GROUP, UPDATE, VALUES, PlanState, StepPlan, StepSampler
-from lightning_flashrl.engines.process import Surroundings, Team, WorkerFleet, WorkerRecord, idle_share, summed
+from lightning_flashrl.engines.fleet import Succession, Team, WorkerFleet, WorkerRecord, idle_share, summed
+from lightning_flashrl.engines.process import Surroundings
 from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.streaming import QueueStatistics, TransferQueue, TransferQueueServer
@@ -205,6 +207,8 @@ class StreamHost:
         secret: of the queue; a fresh one if none is given.
         keeps_weights: whether the memory of the weights stays when the process that publishes them is gone.
         journal: where the queue and the plan are written down, so that the next host goes on with them.
+        keeper_pid: the process that keeps the workers running until the next host is there; ``None`` if they end with
+            this one.
 
     Attributes:
         address: for other processes.
@@ -224,6 +228,7 @@ class StreamHost:
         secret: str | None = None,
         keeps_weights: bool = False,
         journal: Path | None = None,
+        keeper_pid: int | None = None,
     ) -> None:
         steps = settings.steps
         gate = StalenessGate(settings.max_staleness, steps.prompts)
@@ -267,9 +272,12 @@ class StreamHost:
             if keeps_weights:
                 weights = {name: keep(address) for name, address in weights.items()}
             self.surroundings = Surroundings(self.server.endpoint, self.server.secret, weights)
+            succession = None if keeper_pid is None else self._succession(keeper_pid)
             for team in settings.teams:
-                fleet = WorkerFleet(team, self.surroundings, settings.log_dir, self._wanted().get(team.role))
+                wanted = self._wanted().get(team.role)
+                fleet = WorkerFleet(team, self.surroundings, settings.log_dir, wanted, succession)
                 self._fleets.append(stack.enter_context(fleet))
+            self._close_books()
             self.address = HostAddress(self.server.endpoint, self.server.secret, str(journal or ""))
             self._resources = stack.pop_all()
         if settings.lost_s is not None:
@@ -282,9 +290,20 @@ class StreamHost:
         self.plan.load(self._before.plan)
         if self._anew is not None:
             self.plan.begin_anew(*self._anew)
-        for worker in self._before.workers:
-            if worker.state != "ended":  # it has ended with its host
-                worker.state = "lost"
+
+    def _succession(self, keeper_pid: int) -> Succession:
+        """What makes workers find the next host, and this one theirs."""
+        name = hashlib.sha256(self.server.secret.encode()).hexdigest()[:16]
+        return Succession(name, keeper_pid, [] if self._before is None else self._before.workers)
+
+    def _close_books(self) -> None:
+        """Of workers of earlier hosts that have not been taken over."""
+        if self._before is not None:
+            taken = {(worker.pid, worker.since_s) for fleet in self._fleets for worker in fleet.records()}
+            workers = [worker for worker in self._before.workers if (worker.pid, worker.since_s) not in taken]
+            for worker in workers:
+                worker.state = "ended" if worker.state == "ended" else "lost"
+            self._before = msgspec.structs.replace(self._before, workers=workers)
 
     def _settle(self) -> None:
         """Bring the plan to where the queue is: it may have come further than the last note."""
@@ -314,8 +333,10 @@ class StreamHost:
         return before | {fleet.role: fleet.num_wanted for fleet in self._fleets}
 
     def _workers(self) -> list[WorkerRecord]:
+        own = [record for fleet in self._fleets for record in fleet.records()]
         before = [] if self._before is None else self._before.workers
-        return [*before, *(record for fleet in self._fleets for record in fleet.records())]
+        taken = {(worker.pid, worker.since_s) for worker in own}
+        return [*(worker for worker in before if (worker.pid, worker.since_s) not in taken), *own]
 
     def _num_replaced(self) -> int:
         before = 0 if self._before is None else self._before.num_replaced

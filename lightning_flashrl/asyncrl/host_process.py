@@ -246,6 +246,7 @@ def main() -> None:
             secret=address.secret,
             keeps_weights=True,
             journal=Path(address.journal),
+            keeper_pid=root_pid,
         )
     except FlashRLError as error:
         with contextlib.suppress(BrokenPipeError):  # who started it is gone

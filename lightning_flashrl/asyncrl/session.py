@@ -31,7 +31,8 @@ from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Wo
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import CRITIC, Feeder, TakeProblems
 from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
-from lightning_flashrl.engines.process import POLICY, REFERENCE_POLICY, Team, WorkerSettings
+from lightning_flashrl.engines.fleet import Team
+from lightning_flashrl.engines.process import POLICY, REFERENCE_POLICY, WorkerSettings
 from lightning_flashrl.engines.reference import ReferenceSettings
 from lightning_flashrl.engines.reward_task import RewardSettings
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseTimeoutError, WorkerFailedError, WouldBlock

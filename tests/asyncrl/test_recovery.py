@@ -74,6 +74,7 @@ def test_the_queue_may_die_and_takes_no_row_with_it(tmp_path: Path) -> None:
     summary = run(tmp_path, schedule="queue at step 3,queue at step 7", **{"max-steps": 10})
     check(summary, recoveries=0, steps=10)
     assert summary["kills"] == 2
+    assert summary["workers_replaced"] == 0
 
 
 @pytest.mark.slow
@@ -85,8 +86,8 @@ def test_the_queue_may_die_together_with_any_rank(tmp_path: Path) -> None:
         "supervisor at step 6",
         "trainer 1 at step 6",
     ]
-    summary = run(tmp_path, schedule=",".join(strikes), **{"max-steps": 10})
-    check(summary, recoveries=2, steps=10)
+    summary = run(tmp_path, schedule=",".join(strikes), **{"max-steps": 40})  # the last strike comes before the end
+    check(summary, recoveries=2, steps=40)
     assert summary["kills"] == 5
 
 
