@@ -75,10 +75,10 @@ class Chaos(L.Callback):
             ConfigurationError: it would not.
         """
         survives = isinstance(trainer.strategy, FlashDDPStrategy) and trainer.world_size > 1
-        missing = sorted(self._roles & {"queue", "supervisor"})
+        missing = sorted(self._roles & {"queue", "standby", "supervisor"})
         if missing and not isinstance(trainer.strategy, FlashDDPStrategy):
             raise ConfigurationError(
-                f"chaos kills {' and '.join(missing)}, and this run has no such processes; use strategy=flash_ddp, or "
+                f"chaos kills {', '.join(missing)}, and this run has no such processes; use strategy=flash_ddp, or "
                 f"leave them out of chaos.roles and chaos.schedule"
             )
         if "trainer" in self._roles and not survives:

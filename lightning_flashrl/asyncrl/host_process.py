@@ -2,7 +2,7 @@
 
 Rank 0 starts it; the root of this node adopts it. It ends when it is told to, or with the root. When it dies, rank 0,
 or its successor, lets the next one begin, which goes on from the journal; everybody else waits for that. One that has
-imported all it needs is kept on standby.
+imported all it needs is kept on standby, and is found by its name.
 
 ======================  =====================================  ==========================
 who                     waits for                              unblocked by
@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,16 +33,22 @@ import msgspec
 from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, StreamHost
 from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost
+from lightning_flashrl.asyncrl.processes import STANDBY_NAME
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
+from lightning_flashrl.messaging.local import connect_locally, listen_locally, peer_pid
 from lightning_flashrl.supervisor.client import RankClient
-from lightning_flashrl.supervisor.process import die_with_parent
+from lightning_flashrl.supervisor.process import die_with_parent, name_process
 from lightning_flashrl.supervisor.service import free_port
 from lightning_flashrl.weights import WeightsAddress, keep
 
 _FIND_TIMEOUT_S = 1.0
 _LOOK_S = 0.2
 _KILL_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 60.0
+_POLL_S = 0.01
 _READY = b"ready"
+_HOST = "flashrl-host"
+"""What the kernel calls a host that serves, or is about to."""
 
 
 class HostHome:
@@ -61,7 +67,6 @@ class HostHome:
         self._client = client
         self._key = f"asyncrl/{fit}"
         self._address: HostAddress | None = None
-        self._standby: _Standby | None = None
 
     def find(self) -> RemoteHost | None:
         """Return the host that this rank's predecessor has left, if there is one.
@@ -78,6 +83,8 @@ class HostHome:
         address = msgspec.json.decode(found, type=HostAddress)
         if client.is_newcomer:
             self._address = address
+        else:
+            _end_standby(address)
         try:
             socket.create_connection(("127.0.0.1", address.port), _FIND_TIMEOUT_S).close()  # refused at once
             host = RemoteHost(address, self._revive)
@@ -146,99 +153,117 @@ class HostHome:
 
     def _start(self, settings: HostSettings) -> None:
         assert self._address is not None
-        standby, self._standby = self._standby, None
-        told = b"" if standby is None else self._begin(standby, settings)
-        if not told:  # there was none, or it has died
-            told = self._begin(_Standby(self._address.journal), settings)
+        told = self._begin(settings)
+        if not told:  # the one on standby has died just now, or does not move
+            _end_hosts(self._address, but=0)
+            told = self._begin(settings)
         if told != _READY:
             why = told.decode() or "it died; its output says why"
             raise ConfigurationError(f"the process of the queue did not come up: {why}")
-        self._standby = _Standby(self._address.journal)
+        self._start_standby()
 
-    def _begin(self, standby: _Standby, settings: HostSettings) -> bytes:
+    def _start_standby(self) -> None:
         assert self._address is not None
-        _end_hosts(self._address, but=standby.pid)
-        return standby.begin(self._address, settings)
+        start_below_root(__name__, [self._address.journal])
+
+    def _begin(self, settings: HostSettings) -> bytes:
+        """Let the process on standby serve; return what it says then, or why it does not. Empty if it dies."""
+        assert self._address is not None
+        name = _standby_name(self._address.journal)
+        deadline_s = clock.now_s() + _START_TIMEOUT_S
+        while (sock := connect_locally(name)) is None:
+            if all(called == _HOST for _, called in _processes(self._address)):
+                self._start_standby()
+            if clock.now_s() > deadline_s:
+                return f"nothing of it was heard in {_START_TIMEOUT_S:g} s".encode()
+            clock.sleep(_POLL_S)
+        with sock:
+            sock.settimeout(_START_TIMEOUT_S)
+            _end_hosts(self._address, but=peer_pid(sock))
+            with contextlib.suppress(OSError):  # it has died, or does not move
+                sock.sendall(pickle.dumps((self._address, settings, sys.path)))
+                sock.shutdown(socket.SHUT_WR)
+            return _read(sock)
 
     def close(self) -> None:
-        """Let go of the host on standby."""
-        if self._standby is not None:
-            self._standby.close()
+        """End the host on standby."""
+        if self._address is not None:
+            _end_standby(self._address)
+
+
+def _end_standby(address: HostAddress) -> None:
+    for pid, called in _processes(address):
+        if called != _HOST:
+            with contextlib.suppress(ProcessLookupError):
+                _kill(pid)
+
+
+def _read(sock: socket.socket) -> bytes:
+    """Return all that the other end says before it is gone, or is silent for too long."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while part := sock.recv(1 << 16):
+            found += part
+    return found
+
+
+def _processes(address: HostAddress) -> Iterator[tuple[int, str]]:
+    """Numbers of the hosts of an address, on standby or not, and what they are called."""
+    mine = {__name__.encode(), address.journal.encode()}
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        with contextlib.suppress(OSError):
+            if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
+                yield pid, Path(f"/proc/{pid}/comm").read_text().rstrip()
 
 
 def _end_hosts(address: HostAddress, but: int) -> None:
     """Kill a host of this address that hangs, or that a predecessor has begun to start; wait until it is gone."""
-    mine = {__name__.encode(), address.journal.encode()}
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != but]:
-        with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(pid)
-            try:
-                if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    select.select([pidfd], [], [], _KILL_TIMEOUT_S)
-            finally:
-                os.close(pidfd)
+    for pid, _ in _processes(address):
+        if pid != but:
+            with contextlib.suppress(ProcessLookupError):
+                _kill(pid)
 
 
-class _Standby:
-    """A host's process, a child of the root, that does not know yet what to do.
-
-    Args:
-        journal: path by which it is known.
-    """
-
-    def __init__(self, journal: str) -> None:
-        order_fd, self._order_fd = os.pipe()
-        told_fd, write_fd = os.pipe()
-        try:
-            start_below_root(__name__, [str(order_fd), str(write_fd), journal], [order_fd, write_fd])
-        finally:
-            os.close(order_fd)
-            os.close(write_fd)
-        self._told = os.fdopen(told_fd, "rb")
-        self._pid: int | None = None
-
-    @property
-    def pid(self) -> int:
-        """Its process, once it is ready; 0 if it has died."""
-        if self._pid is None:
-            self._pid = int(self._told.readline() or 0)
-        return self._pid
-
-    def begin(self, address: HostAddress, settings: HostSettings) -> bytes:
-        """Let it serve; return what it says then, or why it does not."""
-        with contextlib.suppress(BrokenPipeError), os.fdopen(self._order_fd, "wb") as order:
-            pickle.dump((address, settings, sys.path), order)
-        with self._told:
-            return self._told.read()
-
-    def close(self) -> None:
-        """It ends."""
-        os.close(self._order_fd)
-        self._told.close()
+def _kill(pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [], _KILL_TIMEOUT_S)
+    finally:
+        os.close(pidfd)
 
 
-def start_below_root(module: str, arguments: Sequence[str], fds: Sequence[int] = ()) -> None:
+def _standby_name(journal: str) -> str:
+    return f"flashrl-standby-{Path(journal).stem}"
+
+
+def start_below_root(module: str, arguments: Sequence[str]) -> None:
     """Start a module as a process that outlives this rank, with the root's number before its arguments."""
     command = [sys.executable, "-m", module, str(os.getppid()), *arguments]  # a rank's parent is the root
     # The shell leaves at once: the root, a subreaper, becomes the parent. Ctrl-C is for who started the job.
     shell = ["/bin/sh", "-c", '"$@" &', "sh", *command]
-    subprocess.run(shell, pass_fds=fds, start_new_session=True, check=True)
+    subprocess.run(shell, start_new_session=True, check=True)
 
 
 # --------------------------------------------------------------------------- the host's process
 def main() -> None:
     """Be a host until the run or the root ends."""
-    root_pid, order_fd, told_fd = map(int, sys.argv[1:-1])  # the last one is for who looks at its command line
+    root_pid, journal = int(sys.argv[1]), sys.argv[2]
+    name_process(STANDBY_NAME)
     die_with_parent(root_pid)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ranks are stopped; then this process, in its own way
-    with contextlib.suppress(BrokenPipeError):
-        os.write(told_fd, b"%d\n" % os.getpid())
-    with os.fdopen(order_fd, "rb") as file:
-        order = file.read()
-    if not order:  # who started it is gone
+    try:
+        listener = listen_locally(_standby_name(journal))
+    except OSError:  # another one is there
         return
-    address, settings, sys.path[:] = pickle.loads(order)
+    with listener:
+        while not peer_pid(sock := listener.accept()[0]):
+            sock.close()
+    name_process(_HOST)
+    try:
+        address, settings, sys.path[:] = pickle.loads(_read(sock))
+    except (EOFError, pickle.UnpicklingError):  # rank 0 died while it said that
+        return
     try:
         host = StreamHost(
             settings,
@@ -249,13 +274,13 @@ def main() -> None:
             keeper_pid=root_pid,
         )
     except FlashRLError as error:
-        with contextlib.suppress(BrokenPipeError):  # who started it is gone
-            os.write(told_fd, str(error).encode())
+        with contextlib.suppress(OSError):  # rank 0 is gone
+            sock.sendall(str(error).encode())
         sys.exit(1)
     service = HostService(host)
-    with contextlib.suppress(BrokenPipeError):
-        os.write(told_fd, _READY)
-    os.close(told_fd)
+    with contextlib.suppress(OSError):
+        sock.sendall(_READY)
+    sock.close()
     service.is_ending.wait()
     host.end_workers()
     service.last = [host.view()]

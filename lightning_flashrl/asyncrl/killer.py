@@ -32,7 +32,7 @@ _LOOK_S = 0.1
 _TAIL_BYTES = 1 << 16
 _ONLY = -1
 """Rank of a process that is the only one of its role."""
-ROLES = ("trainer", "queue", "supervisor", "rollout", "reward", "reference")
+ROLES = ("trainer", "queue", "standby", "supervisor", "rollout", "reward", "reference")
 """Whose processes may die in a run under ``flash_ddp``."""
 
 
@@ -65,7 +65,7 @@ class Strike:
         match text.split():
             case [role, rank, "at", "step", step] if rank.isdecimal() and step.isdecimal() and role in ROLES:
                 return cls(int(step), role, int(rank))
-            case ["queue" | "supervisor" as role, "at", "step", step] if step.isdecimal():
+            case ["queue" | "standby" | "supervisor" as role, "at", "step", step] if step.isdecimal():
                 return cls(int(step), role, _ONLY)
         raise ValueError(f"{text!r} is no strike; write 'ROLE RANK at step STEP', with a role of {', '.join(ROLES)}")
 

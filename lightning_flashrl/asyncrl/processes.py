@@ -13,6 +13,9 @@ from lightning_flashrl import clock
 from lightning_flashrl.files import replacing
 from lightning_flashrl.supervisor.root import SUPERVISOR_NAME
 
+STANDBY_NAME = "flashrl-standby"
+"""What the kernel calls a process that waits to become the one of the queue."""
+_ROLES = {SUPERVISOR_NAME: "supervisor", STANDBY_NAME: "standby"}
 _SAME_S = 1.0
 """The wall clock may be set by less than this while a run goes on."""
 _STATES = {"R": "running", "S": "running", "D": "running", "I": "running", "T": "stopped", "t": "stopped"}
@@ -23,7 +26,8 @@ class ProcessEntry:
     """One process of a run.
 
     Attributes:
-        role: ``"trainer"``, ``"rollout"``, … ; ``"root"`` and ``"supervisor"`` of the node; ``"other"`` for the rest.
+        role: ``"trainer"``, ``"rollout"``, … ; ``"root"`` and ``"supervisor"`` of the node; ``"standby"`` for the next
+            ``"queue"``; ``"other"`` for the rest.
         rank: number within the role; −1 where there is none.
         pid: its number.
         since_s: start, in seconds since the Unix epoch.
@@ -82,8 +86,8 @@ def list_processes(root_pid: int, known: Mapping[int, tuple[str, int, str]]) -> 
     entries = []
     for pid in sorted(tree):
         role, rank, word = known.get(pid, ("root" if pid == root_pid else "other", -1, ""))
-        if pid not in known and pid in seen and seen[pid].name == SUPERVISOR_NAME:
-            role = "supervisor"
+        if pid not in known and pid in seen:
+            role = _ROLES.get(seen[pid].name, role)
         if pid not in seen or seen[pid].state in "ZX":
             if pid in known:
                 entries.append(ProcessEntry(role, rank, pid, 0.0, "ended"))

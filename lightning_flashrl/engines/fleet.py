@@ -31,9 +31,10 @@ from typing import IO, Self
 import msgspec
 
 from lightning_flashrl import clock
-from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundings, pack, peer_pid
+from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundings, pack
 from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
+from lightning_flashrl.messaging.local import listen_locally, peer_pid
 
 _MODULE = Job.__module__
 _LOOK_S = 1.0
@@ -306,9 +307,7 @@ class WorkerFleet:
         self._ranks: set[int] = set()  # of workers that shall be there
         self._listener: socket.socket | None = None
         if succession is not None:
-            self._listener = socket.socket(socket.AF_UNIX)
-            self._listener.bind(f"\0{self._home}")  # a name without a file, free when its process is gone
-            self._listener.listen()
+            self._listener = listen_locally(self._home)
             self._selector.register(self._listener, selectors.EVENT_READ)
             self._take_over([record for record in succession.before if record.role == self.role])
         self.scale(team.num_workers if num_workers is None else num_workers)

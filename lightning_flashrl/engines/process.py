@@ -23,7 +23,6 @@ import os
 import pickle
 import select
 import socket
-import struct
 import sys
 import threading
 import traceback
@@ -38,6 +37,7 @@ from lightning_flashrl import clock
 from lightning_flashrl.engines.base import RolloutEngine
 from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, QueueUnavailableError
+from lightning_flashrl.messaging.local import connect_locally
 from lightning_flashrl.streaming import QueueVerbs, TransferQueueClient
 from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress
@@ -53,8 +53,6 @@ END_TIMEOUT_S = 5.0
 _REPORT_S = 0.25
 _RECONNECT_TIMEOUT_S = 60.0
 _REJOIN_LOOK_S = 0.05
-_PEER = struct.Struct("3i")
-"""Process, user and group at the other end of a socket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,12 +167,6 @@ def pack(job: Job) -> bytes:
     return msgspec.msgpack.encode(([path or os.getcwd() for path in sys.path], body))
 
 
-def peer_pid(sock: socket.socket) -> int:
-    """Return the process at the other end of a local socket; 0 if it is another user's."""
-    pid, user, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return pid if user == os.geteuid() else 0
-
-
 # --------------------------------------------------------------------------- the worker's process
 class _FleetLink:
     """The worker's way to its fleet, and to the next one when that is gone.
@@ -224,14 +216,8 @@ class _FleetLink:
         return False
 
     def _connect(self) -> bool:
-        found = socket.socket(socket.AF_UNIX)
-        try:
-            found.connect(f"\0{self._home}")
-        except OSError:
-            found.close()
-            return False
-        if not peer_pid(found):
-            found.close()
+        found = connect_locally(self._home)
+        if found is None:
             return False
         with self._lock:
             self._lines.close()

@@ -118,7 +118,7 @@ def test_a_run_that_would_not_survive_is_refused(tmp_path: Path) -> None:
     trainer = rl.make_trainer(callbacks=[Chaos(tmp_path, mtbf_s=1)], max_steps=1)
     with pytest.raises(
         ConfigurationError,
-        match="kills queue and supervisor, and this run has no such processes",
+        match="kills queue, standby, supervisor, and this run has no such processes",
     ):
         trainer.fit(rl.make_module(rl.make_engine()), rl.make_data())
     trainer = rl.make_trainer(callbacks=[Chaos(tmp_path, mtbf_s=1, roles=["trainer"])], max_steps=1)
