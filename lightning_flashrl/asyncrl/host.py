@@ -178,6 +178,7 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
             "rows_dropped": float(dropped),
             "rows_left": float(update.num_open - self.num_decided),
             "rows_lost": float(self.queue.num_put - update.num_committed - dropped - update.num_open),
+            "rows_resumed": float(self.statistics().num_resumed),
             "rollout_idle_share": self.idle_share(),
             "workers_replaced": float(self.num_replaced),
         }

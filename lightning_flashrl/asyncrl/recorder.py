@@ -55,6 +55,7 @@ SUMMARY_KEYS = {
     "rows_dropped": "completions that were left out on purpose: failed rewards, groups without information, too old",
     "rows_lost": "rows that were put and are neither trained nor dropped nor in the queue; 0 unless something broke",
     "rows_duplicated": "rows that were trained more than once; 0 unless something broke",
+    "rows_resumed": "completions that one worker had begun when it ended, and another one went on with",
     "rows_left": "rows that were still in the queue when training ended",
     "staleness_max": "largest staleness of a trained row, in policy versions",
     "staleness_mean": "mean staleness of the trained rows",

@@ -31,6 +31,7 @@ from typing import IO, Self
 import msgspec
 
 from lightning_flashrl import clock
+from lightning_flashrl.engines.drafts import MAX_BOOKS, DraftsAddress
 from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundings, pack
 from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
@@ -148,6 +149,7 @@ class _Process:
         self.is_leaving = False
         self.is_over = False
         self.error = ""
+        self.drafts: DraftsAddress | None = None
         self._child = child
         self._unread = b""
 
@@ -201,19 +203,26 @@ class _Process:
         if self.sock is None:
             return False
         try:
-            data = self.sock.recv(65536)
+            data, fds, _, _ = socket.recv_fds(self.sock, 65536, 1)
         except OSError:  # nothing now, or for ever
             return False
         self.heard_s = clock.now_s()
+        for fd in fds:  # received descriptors are inheritable, unlike others
+            os.set_inheritable(fd, False)
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
             told = json.loads(line)
             self.error = told.get("error", "")
             self.is_over = told.get("is_over", False)
+            if "drafts" in told and fds:
+                num_places, max_tokens, mark = told["drafts"]
+                self.drafts = DraftsAddress(os.getpid(), fds.pop(), num_places, max_tokens, bytes.fromhex(mark))
             if "statistics" in told:
                 self.record.statistics = WorkerStatistics(**told["statistics"])
                 self.record.alive_s = told["alive_s"]
                 self.record.state = "serving"
+        for fd in fds:
+            os.close(fd)
         return bool(data)
 
     def join(self, sock: socket.socket) -> None:
@@ -248,6 +257,10 @@ class _Process:
         os.close(self.pidfd)
         if self.sock is not None:
             self.sock.close()
+
+
+def _line(drafts: DraftsAddress) -> bytes:
+    return msgspec.json.encode(drafts) + b"\n"
 
 
 def _command_line(pid: int) -> list[bytes]:
@@ -299,6 +312,7 @@ class WorkerFleet:
         self._processes: dict[int, _Process] = {}  # by their numbers
         self._standby: list[_Process] = []  # of these
         self._num_standby_deaths = 0
+        self._left: collections.deque[DraftsAddress] = collections.deque()  # by workers that are gone
         self._past: list[WorkerRecord] = []
         self._selector = selectors.DefaultSelector()
         self._wake_fd, self._waker_fd = os.pipe()
@@ -364,6 +378,8 @@ class WorkerFleet:
         self._selector.close()
         if self._listener is not None:
             self._listener.close()
+        for drafts in self._left:
+            os.close(drafts.fd)
         os.close(self._payload_fd)
         os.close(self._wake_fd)
         os.close(self._waker_fd)
@@ -393,7 +409,7 @@ class WorkerFleet:
     def _start(self, rank: int) -> None:
         process = self._standby.pop(0) if self._standby else self._spawn(rank, str(rank))
         process.record.rank, process.record.state = rank, "starting"
-        process.send(self._surroundings)
+        process.send(self._surroundings + b"".join(map(_line, self._left)))
 
     def _spawn(self, rank: int, name: str) -> _Process:
         path = None if self._log_dir is None else self._log_dir / f"{self.role}-{name}.log"
@@ -466,6 +482,8 @@ class WorkerFleet:
         with self._lock:
             del self._processes[process.record.pid]
             self._past.append(process.record)
+            if process.drafts is not None:
+                self._pass_on(process.drafts)
             if process in self._standby:
                 self._standby.remove(process)
                 self._num_standby_deaths += 1
@@ -490,6 +508,15 @@ class WorkerFleet:
                 return
             self._lose(rank)
             self._start(rank)
+
+    def _pass_on(self, drafts: DraftsAddress) -> None:
+        """Tell workers where the drafts are of one that is gone."""
+        self._left.append(drafts)
+        if len(self._left) > MAX_BOOKS:
+            os.close(self._left.popleft().fd)
+        for process in self._processes.values():
+            if process.record.state in ("starting", "serving") and not process.is_leaving:
+                process.send(_line(drafts))
 
     def _lose(self, rank: int) -> None:
         self.num_replaced += 1

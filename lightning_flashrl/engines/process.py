@@ -35,6 +35,7 @@ import msgspec
 
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import RolloutEngine
+from lightning_flashrl.engines.drafts import Draftable, Drafts, DraftsAddress
 from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, QueueUnavailableError
 from lightning_flashrl.messaging.local import connect_locally
@@ -43,7 +44,7 @@ from lightning_flashrl.tasks import RewardFn
 from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress
 
 Begin = Callable[..., None]
-"""Takes any number of :class:`~lightning_flashrl.engines.worker.WorkerStatistics`."""
+"""Takes any number of :class:`~lightning_flashrl.engines.worker.WorkerStatistics`, and drafts if there are any."""
 POLICY, REFERENCE_POLICY = "policy", "reference"
 """Names under which a run's weights are published."""
 END = "end\n"
@@ -142,12 +143,17 @@ class WorkerSettings(Job):
     ) -> None:
         """Generate until the stream ends."""
         engine = prepared
-        with WeightReceiver(weights[POLICY], self.swap) as receiver:
+        with contextlib.ExitStack() as stack:
+            receiver = stack.enter_context(WeightReceiver(weights[POLICY], self.swap))
+            drafts = None
+            if isinstance(engine, Draftable):
+                drafts = Drafts(engine.sampling, self.num_places, may_mix=self.swap is Swap.IN_FLIGHT)
+                stack.callback(drafts.close)
             receiver.load(engine)
             worker = RolloutWorker(
-                queue, engine, self.reward, self.decode, receiver=receiver, num_places=self.num_places
+                queue, engine, self.reward, self.decode, receiver=receiver, num_places=self.num_places, drafts=drafts
             )
-            begin(worker.statistics)
+            begin(worker.statistics, drafts=drafts)
             worker.run(stop)
 
 
@@ -183,11 +189,38 @@ class _FleetLink:
         self._home = home
         self._keeper_pid = keeper_pid
         self._lock = threading.Lock()  # for the socket: nobody writes while another one takes its place
+        self._drafts: Drafts | None = None
+        self._left: list[DraftsAddress] = []
 
     def tell(self, **told: Any) -> None:
         """Tell the fleet something; it is lost when that is gone."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(told).encode() + b"\n")
+
+    def share(self, drafts: Drafts) -> None:
+        """Let the fleet hold a worker's drafts, and the worker have what others have left."""
+        with self._lock:
+            self._drafts = drafts
+            left, self._left = self._left, []
+            self._send_drafts()
+        for address in left:
+            drafts.learn(address)
+
+    def _send_drafts(self) -> None:
+        if self._drafts is not None:
+            address = self._drafts.address
+            line = json.dumps({"drafts": [address.num_places, address.max_tokens, address.mark.hex()]})
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._socket, [line.encode() + b"\n"], [address.fd])
+
+    def _learn(self, line: str) -> None:
+        address = msgspec.json.decode(line, type=DraftsAddress)
+        with self._lock:
+            drafts = self._drafts
+            if drafts is None:  # it has not begun yet
+                self._left.append(address)
+        if drafts is not None:
+            drafts.learn(address)
 
     def hear(self) -> str:
         """Wait for a line; empty when the fleet is gone."""
@@ -198,7 +231,9 @@ class _FleetLink:
     def await_end(self) -> None:
         """Return when this worker should end."""
         while (line := self.hear()) != END:
-            if not line and not self._rejoin():
+            if line:
+                self._learn(line)
+            elif not self._rejoin():
                 return
 
     def _rejoin(self) -> bool:
@@ -223,6 +258,7 @@ class _FleetLink:
             self._lines.close()
             self._socket.close()
             self._socket, self._lines = found, found.makefile("r")
+            self._send_drafts()
         return True
 
 
@@ -265,7 +301,12 @@ def _serve(
     reporters: list[_Reporter] = []
     with TransferQueueClient(place.endpoint, place.secret, reconnect_timeout_s=reconnect_s) as queue:
         try:
-            begin = lambda *statistics: reporters.append(_Reporter(link, statistics))  # noqa: E731
+
+            def begin(*statistics: WorkerStatistics, drafts: Drafts | None = None) -> None:
+                if drafts is not None:
+                    link.share(drafts)
+                reporters.append(_Reporter(link, statistics))
+
             job.run(prepared, queue, place.weights, begin, stop)
         finally:
             for reporter in reporters:

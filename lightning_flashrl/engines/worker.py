@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import Completion, Finish, Prompt, RolloutEngine
+from lightning_flashrl.engines.drafts import Draftable, Drafts
 from lightning_flashrl.errors import (
     ConfigurationError,
     EndOfStream,
@@ -63,6 +64,7 @@ class WorkerStatistics:
         num_tokens: tokens of them.
         num_failed: rows whose reward raised, was no number, or took too long; they are cleared.
         num_lost: completions that came after their lease had run out or their row had been cleared.
+        num_resumed: completions that another worker had begun.
         num_swaps: weight swaps.
         version: the policy version of its engine.
         idle_s: time without anything to generate.
@@ -75,6 +77,7 @@ class WorkerStatistics:
     num_tokens: int = 0
     num_failed: int = 0
     num_lost: int = 0
+    num_resumed: int = 0
     num_swaps: int = 0
     version: int = 0
     idle_s: float = 0.0
@@ -122,6 +125,7 @@ class RolloutWorker:
         receiver: brings new weights; ``None`` if they never change.
         task: the queue's task for rollouts.
         num_places: prompts that are under way together.
+        drafts: where it writes down what is under way, and finds what others have left.
 
     Attributes:
         statistics: what it has done so far.
@@ -140,6 +144,7 @@ class RolloutWorker:
         receiver: WeightReceiver | None = None,
         task: str = "rollout",
         num_places: int = 32,
+        drafts: Drafts | None = None,
     ) -> None:
         if num_places < 1:
             raise ConfigurationError(f"rollout.num_places={num_places}; use 1 or more")
@@ -152,6 +157,7 @@ class RolloutWorker:
         self._task = task
         self._num_places = num_places
         self._portion = max(1, num_places // 4)
+        self._drafts = drafts
         self._work: dict[int, _Work] = {}  # by row
         self._held: collections.deque[tuple[int, Prompt]] = collections.deque()  # for weights that are not there yet
         self._num_finished = 0
@@ -175,6 +181,8 @@ class RolloutWorker:
                 self._score(completion)
             self._write()
             self._renew()
+            if self._drafts is not None and isinstance(self._engine, Draftable):
+                self._drafts.keep(self._engine)
         self._write(at_once=True)
         left = [completion.request_id for completion in self._engine.interrupt()]
         self._give_back([*left, *(prompt.request_id for _, prompt in self._held)])
@@ -241,7 +249,11 @@ class RolloutWorker:
         """Begin with prompts for which the weights are new enough."""
         prompts = []
         while self._held and self._held[0][0] <= self._engine.version:
-            prompts.append(self._held.popleft()[1])
+            min_version, prompt = self._held.popleft()
+            if self._drafts is not None:
+                prompt = self._drafts.begun(prompt, min_version, self._engine.version)
+                self.statistics.num_resumed += prompt.begun is not None
+            prompts.append(prompt)
         if not prompts:
             return
         with contextlib.suppress(ConfigurationError):

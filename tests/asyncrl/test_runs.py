@@ -25,7 +25,7 @@ from lightning_flashrl.algorithms import DAPO, GRPO
 from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
 from lightning_flashrl.asyncrl.recording import StepRecord
-from lightning_flashrl.engines import process
+from lightning_flashrl.engines import fleet
 from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.trainer import CausalLMTrainer
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
@@ -226,7 +226,7 @@ class TestFaults:
                     data: Any = trainer.datamodule  # type: ignore[attr-defined]
                     os.kill(data.current_session.view().workers[0].pid, signal.SIGSTOP)
 
-        monkeypatch.setattr(process, "_HANG_TIMEOUT_S", 2.0)
+        monkeypatch.setattr(fleet, "_HANG_TIMEOUT_S", 2.0)
         _fit(rl.make_data(), Stopper(), RunRecorder(tmp_path), max_steps=6)
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["workers_replaced"] == 1
@@ -277,7 +277,7 @@ class TestFaults:
 
     def test_a_worker_that_never_gets_anywhere_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """However slowly it dies."""
-        monkeypatch.setattr(process, "_MAX_DEATHS", 1)
+        monkeypatch.setattr(fleet, "_MAX_DEATHS", 1)
         with pytest.raises(WorkerFailedError, match=r"left with status 3; 2 of its processes in a row have died"):
             _fit(rl.make_data(rollout_engine=lambda: os._exit(3)))
 

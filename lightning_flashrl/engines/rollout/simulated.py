@@ -184,6 +184,10 @@ class SimulatedEngine:
             self._ends.update({prompt.request_id: self._lengths(random.Random(prompt.seed)) for prompt in prompts})
         self._waiting.extend(Request.of(prompt, self.sampling) for prompt in prompts)
 
+    def under_way(self) -> list[Request]:
+        """Return requests that have begun and are not finished; only to be looked at."""
+        return [request for request in (*self._slots, *self._waiting) if request.tokens]
+
     def interrupt(self) -> list[Completion]:
         """Stop all requests and return what they have produced."""
         stopped = [*self._slots, *self._waiting]

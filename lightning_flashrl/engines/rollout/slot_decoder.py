@@ -138,6 +138,10 @@ class SlotDecoder:
         check_prompts(prompts, under_way, self.sampling, self.max_length)
         self._waiting.extend(Request.of(prompt, self.sampling) for prompt in prompts)
 
+    def under_way(self) -> list[Request]:
+        """Return requests that have begun and are not finished; only to be looked at."""
+        return [request for request in (*self._slots, *self._waiting) if request is not None and request.tokens]
+
     def interrupt(self) -> list[Completion]:
         """Stop all requests and return what they have produced."""
         stopped = [request for request in (*self._slots, *self._waiting) if request is not None]
