@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -141,6 +142,25 @@ def test_a_recovered_run_is_the_run_that_never_failed_given_the_same_rows(tmp_pa
     again = run(tmp_path / "again", "kill rank=0 step=3 phase=backward", replay=tmp_path / "record")
     assert again["recoveries"] == 1
     assert again["weights_sha256"] == recovered["weights_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_elsewhere_with_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+    path = tmp_path / "last.ckpt"
+    settings = {"max-staleness": 2, "max-steps": 8, "ckpt-path": path}
+    first = {"devices": before, "strategy": "flash_ddp" if before > 1 else "auto", "save-at": 3}
+    run(tmp_path / "before", record=tmp_path / "first", **settings, **first)
+    second = {"devices": after, "strategy": "flash_ddp" if after > 1 else "auto"}
+    summary = run(tmp_path / "after", record=tmp_path / "second", **settings, **second)
+    assert (summary["steps"], summary["rows_trained"]) == (8, 5 * 16)
+    assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+    groups: list[int] = []
+    for folder, world_size, steps in (("first", before, range(3)), ("second", after, range(3, 8))):
+        for rank in range(world_size):
+            record = StepRecord(tmp_path / folder, rank, world_size)
+            groups += [g for step in steps for lease in record.read(step) for g in lease["prompt.group_id"]]
+    assert collections.Counter(groups) == collections.Counter(dict.fromkeys(range(32), 4))
 
 
 def test_a_record_of_other_ranks_is_refused(tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ class DieAt(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SaveAt(L.Callback):
+    """Writes a checkpoint after a step, and stops the run."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self._step = step
+        self._path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self._step:
+            trainer.save_checkpoint(self._path)
+            trainer.should_stop = True
+
+
 def make_engine(seed: int = 0) -> CausalLMTrainer:
     torch.manual_seed(seed)
     return CausalLMTrainer.from_config(
@@ -116,6 +129,8 @@ def main() -> None:
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--gate", help="rewards of the third step wait for this file")
     parser.add_argument("--die-at", default="", help="hook at which rank 0 is killed")
+    parser.add_argument("--save-at", type=int, help="step after which a checkpoint is written and the run stops")
+    parser.add_argument("--ckpt-path", type=Path, help="where it is written to, or read from without --save-at")
     options = parser.parse_args()
     torch.set_num_threads(1)
     engine = make_engine()
@@ -132,12 +147,14 @@ def main() -> None:
         callbacks.append(FlashRecovery())
     if options.die_at:
         callbacks.append(DieAt(options.die_at))
+    if options.save_at:
+        callbacks.append(SaveAt(options.save_at, options.ckpt_path))
     if options.schedule:
         callbacks.append(Chaos(options.output_dir, schedule=options.schedule))
     trainer = make_trainer(
         max_steps=options.max_steps, strategy=options.strategy, devices=options.devices, callbacks=callbacks
     )
-    trainer.fit(make_module(engine), data)
+    trainer.fit(make_module(engine), data, ckpt_path=None if options.save_at else options.ckpt_path)
     if trainer.is_global_zero:
         print(json.dumps(json.loads((options.output_dir / "summary.json").read_text())))
         sys.stdout.flush()
