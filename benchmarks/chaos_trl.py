@@ -1,0 +1,101 @@
+"""The same kills for TRL, which starts again from its newest checkpoint: how much of the time is still useful?
+
+python benchmarks/chaos_trl.py [--mtbf 60 30] [--seconds 120] [--save-every 1]
+
+The job of benchmarks/grpo.py ("short"), with a checkpoint every so many steps. Its process is killed every so many
+seconds on average and started again at once. *goodput* is the time that the steps take without kills, and without
+checkpoints, over the time with them. Beside it stands the run of benchmarks/chaos.py with as many kills a minute, of
+two trainer ranks, a rollout worker, the process of the queue and the supervisor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from chaos import run as run_flash
+from contention import Watch
+from peers import TRL
+from report import save
+from rich.console import Console
+from rich.table import Table
+
+JOB = Path(__file__).resolve().parent / "jobs" / "grpo_trl.py"
+_WARM_UP = 4
+
+
+def run_trl(folder: Path, mtbf_s: float | None, steps: int, save_every: int) -> dict[str, Any]:
+    """One run, however often it must be started."""
+    folder.mkdir()
+    command = [str(TRL.python), str(JOB), "short", str(steps), "1", str(folder), str(save_every)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    moments = random.Random(1)
+    num_kills = 0
+    next_s = None if mtbf_s is None else time.monotonic() + moments.expovariate(1 / mtbf_s)
+    while True:
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while (status := process.poll()) is None:
+            if next_s is not None and mtbf_s is not None and time.monotonic() > next_s:
+                process.kill()
+                num_kills += 1
+                next_s += moments.expovariate(1 / mtbf_s)
+            time.sleep(0.02)
+        if status == 0:
+            break
+        if status > 0:
+            raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()[-3000:]}")
+    told = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    begin = next(one for one in told if one["step"] == _WARM_UP)
+    return {
+        "step_s": (told[-1]["at_s"] - begin["at_s"]) / (steps - _WARM_UP),
+        "kills": num_kills,
+        "steps_lost": len(told) - steps,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mtbf", nargs="+", type=float, default=[60.0, 30.0])
+    parser.add_argument("--seconds", type=float, default=120.0, help="that the steps of a run take without kills")
+    parser.add_argument("--save-every", type=int, default=1, help="steps between TRL's checkpoints")
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    problem = TRL.problem()
+    if problem is not None:
+        raise SystemExit(f"TRL {problem}")
+    watch = Watch.begin()
+    table = Table("a kill every, s", "system", "kills", "goodput", "steps done again")
+    found: dict[str, dict[str, Any]] = {"TRL": {}, "flash": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        calm = {
+            "TRL": run_trl(folder / "trl-calm", None, 40, 10**6),
+            "flash": run_flash(folder / "flash-calm", None, 200, 0),
+        }
+        num_steps = {system: round(arguments.seconds / one["step_s"]) for system, one in calm.items()}
+        for mtbf_s in arguments.mtbf:
+            key = f"{mtbf_s:g}"
+            found["TRL"][key] = run_trl(folder / f"trl-{key}", mtbf_s, num_steps["TRL"], arguments.save_every)
+            found["flash"][key] = run_flash(folder / f"flash-{key}", mtbf_s, num_steps["flash"], 1)
+            for system, runs in found.items():
+                one = runs[key]
+                kills = one["kills"] if isinstance(one["kills"], int) else sum(one["kills"].values())
+                lost = one["steps_lost"] if "steps_lost" in one else one["books"]["steps_lost"]
+                goodput = calm[system]["step_s"] / one["step_s"]
+                table.add_row(key, system, str(kills), f"{goodput:.0%}", str(lost))
+    Console(width=120).print(table)
+    contention = watch.end()
+    print(f"contention: {contention}")
+    save("chaos_trl", arguments.out, {"calm": calm, "steps": num_steps, "runs": found, "contention": str(contention)})
+
+
+if __name__ == "__main__":
+    main()
