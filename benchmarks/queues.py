@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the work")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    systems = {"flash": sys.executable, "flash-socket": sys.executable}
+    systems = {"flash": sys.executable, "flash-journal": sys.executable, "flash-socket": sys.executable}
     problem = TRANSFER_QUEUE.problem()
     if problem is None:
         systems["transferqueue"] = str(TRANSFER_QUEUE.python)

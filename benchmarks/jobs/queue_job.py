@@ -1,6 +1,6 @@
 """One queue put through its paces, in the environment of whoever made it. Prints one JSON object at the end.
 
-python queue_job.py flash|flash-socket|transferqueue [--quick]
+python queue_job.py flash|flash-journal|flash-socket|transferqueue [--quick]
 
 Producers and consumers are processes of their own, the queue and its storage units too, whatever the system. All
 systems get the same rows from the same loops; `Flash` and `Peer` only translate.
@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class Flash:
     """lightning_flashrl: a server process, one storage unit process, a client here."""
 
     polls = False
+    serve = "serve"
 
     def __init__(self, address: str, transport: str = "auto") -> None:
         from lightning_flashrl.streaming import TransferQueueClient
@@ -48,11 +51,11 @@ class Flash:
         endpoint, secret = address.split()
         self._client = TransferQueueClient(endpoint, secret, transport=transport)  # type: ignore[arg-type]
 
-    @staticmethod
+    @classmethod
     @contextlib.contextmanager
-    def serving() -> Any:
+    def serving(cls) -> Any:
         with subprocess.Popen(
-            [sys.executable, __file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, cls.serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -75,6 +78,12 @@ class Flash:
 
     def clear(self, _part: str) -> None:
         self._client.clear()
+
+
+class FlashWithJournal(Flash):
+    """The same, with every change written to a file before it counts, rows included."""
+
+    serve = "serve-journal"
 
 
 class FlashOverSockets(Flash):
@@ -142,7 +151,12 @@ class Peer:
         self._client.clear_partition(part)
 
 
-SYSTEMS: dict[str, type[Any]] = {"flash": Flash, "flash-socket": FlashOverSockets, "transferqueue": Peer}
+SYSTEMS: dict[str, type[Any]] = {
+    "flash": Flash,
+    "flash-journal": FlashWithJournal,
+    "flash-socket": FlashOverSockets,
+    "transferqueue": Peer,
+}
 
 
 # --------------------------------------------------------------------------- measuring
@@ -294,7 +308,7 @@ def socket_rows_s() -> float:
     return 32 * (count - 1) / duration_s
 
 
-def serve() -> None:
+def serve(journal: Path | None) -> None:
     """Be the server process of lightning_flashrl."""
     from lightning_flashrl.streaming import Field, TransferQueue, TransferQueueServer
 
@@ -304,18 +318,25 @@ def serve() -> None:
         "logprobs": Field(torch.float32, (None,)),
         "never": Field(int),
     }
-    with TransferQueue(fields, {"train": FIELDS}, num_storage_units=1) as queue, TransferQueueServer(queue) as server:
+    with (
+        TransferQueue(fields, {"train": FIELDS}, num_storage_units=1, journal=journal) as queue,
+        TransferQueueServer(queue) as server,
+    ):
         print(server.endpoint, server.secret, flush=True)
         sys.stdin.read()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("system", choices=[*SYSTEMS, "serve"])
+    parser.add_argument("system", choices=[*SYSTEMS, Flash.serve, FlashWithJournal.serve])
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    if options.system == "serve":
-        serve()
+    if options.system == Flash.serve:
+        serve(None)
+        return
+    if options.system == FlashWithJournal.serve:
+        with tempfile.TemporaryDirectory() as folder:
+            serve(Path(folder) / "queue.journal")
         return
     system: str = options.system
     scale = 4 if options.quick else 1
