@@ -225,16 +225,18 @@ class _FleetLink:
     def hear(self) -> str:
         """Wait for a line; empty when the fleet is gone."""
         with contextlib.suppress(ConnectionResetError):
-            return self._lines.readline()
+            line = self._lines.readline()
+            return line if line.endswith("\n") else ""  # it died while it said that
         return ""
 
-    def await_end(self) -> None:
-        """Return when this worker should end."""
+    def await_end(self) -> bool:
+        """Return when this worker should end, and whether somebody still waits for what it has."""
         while (line := self.hear()) != END:
             if line:
                 self._learn(line)
             elif not self._rejoin():
-                return
+                return False
+        return True
 
     def _rejoin(self) -> bool:
         """Wait for the next fleet; return whether it is there."""
@@ -242,8 +244,10 @@ class _FleetLink:
             return False
         with contextlib.suppress(ProcessLookupError):
             keeper = os.pidfd_open(self._keeper_pid)
+            poller = select.poll()
+            poller.register(keeper, select.POLLIN)
             try:
-                while not select.select([keeper], [], [], _REJOIN_LOOK_S)[0]:
+                while not poller.poll(1000 * _REJOIN_LOOK_S):
                     if self._connect():
                         return True
             finally:
@@ -289,9 +293,9 @@ class _Reporter:
 
 
 def _listen(link: _FleetLink, stop: threading.Event) -> None:
-    link.await_end()
-    stop.set()
-    clock.sleep(END_TIMEOUT_S)
+    if link.await_end():
+        stop.set()
+        clock.sleep(END_TIMEOUT_S)
     os._exit(1)  # whatever it is doing
 
 
