@@ -214,7 +214,7 @@ def test_who_waits_hears_of_workers_that_fail() -> None:
 
     with make(reward=lambda *_: 1.0) as service:
         service.init_engines(MODEL.state_dict(), score, broken)
-        service.put_prompts_data(["a"])
+        service.put_prompts_data(["a", "b"])  # a whole step: what is missing are rows
         with pytest.raises(WorkerFailedError, match="no such accelerator"):
             service.get_experience_data()
 
