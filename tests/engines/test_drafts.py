@@ -113,7 +113,7 @@ def test_drafts_that_are_gone_are_not_looked_for() -> None:
     following.close()
 
 
-@pytest.mark.parametrize("is_killed", [True, False])
+@pytest.mark.parametrize("is_killed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_worker_goes_on(is_killed: bool) -> None:
     """A worker is killed, or leaves, in the middle of long completions."""
     rows = 8

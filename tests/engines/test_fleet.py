@@ -145,6 +145,7 @@ def test_a_worker_that_dies_with_its_fleet_is_replaced(start: Start, is_stopped:
     assert fleet.end()["num_replaced"] == 1
 
 
+@pytest.mark.slow
 def test_a_worker_of_which_the_next_fleet_does_not_know_ends(start: Start) -> None:
     fleet = start(num_workers=1)
     (before,) = fleet.until_serving(1)
