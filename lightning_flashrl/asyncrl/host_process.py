@@ -8,7 +8,8 @@ imported all it needs is kept on standby, and is found by its name.
 who                     waits for                              unblocked by
 ======================  =====================================  ==========================
 a host on standby       what it must know                      rank 0; its end; the root's end
-the host's main thread  the order to end                       rank 0, the root's end
+the host's main thread  the order to end; the loss of the one  rank 0, the root's end; that loss
+                        on standby
 ======================  =====================================  ==========================
 """
 
@@ -25,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -41,11 +43,14 @@ from lightning_flashrl.supervisor.process import die_with_parent, name_process
 from lightning_flashrl.supervisor.service import free_port
 from lightning_flashrl.weights import WeightsAddress, keep
 
+_MODULE = __spec__.name
+"""Of this file, also where it is the main program."""
 _FIND_TIMEOUT_S = 1.0
 _LOOK_S = 0.2
 _KILL_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.01
+_STANDBY_LOOK_S = 0.5
 _READY = b"ready"
 _HOST = "flashrl-host"
 """What the kernel calls a host that serves, or is about to."""
@@ -160,11 +165,6 @@ class HostHome:
         if told != _READY:
             why = told.decode() or "it died; its output says why"
             raise ConfigurationError(f"the process of the queue did not come up: {why}")
-        self._start_standby()
-
-    def _start_standby(self) -> None:
-        assert self._address is not None
-        start_below_root(__name__, [self._address.journal])
 
     def _begin(self, settings: HostSettings) -> bytes:
         """Let the process on standby serve; return what it says then, or why it does not. Empty if it dies."""
@@ -173,7 +173,7 @@ class HostHome:
         deadline_s = clock.now_s() + _START_TIMEOUT_S
         while (sock := connect_locally(name)) is None:
             if all(called == _HOST for _, called in _processes(self._address)):
-                self._start_standby()
+                _start_standby(self._address)
             if clock.now_s() > deadline_s:
                 return f"nothing of it was heard in {_START_TIMEOUT_S:g} s".encode()
             clock.sleep(_POLL_S)
@@ -189,6 +189,22 @@ class HostHome:
         """End the host on standby."""
         if self._address is not None:
             _end_standby(self._address)
+
+
+def _start_standby(address: HostAddress) -> None:
+    start_below_root(_MODULE, [address.journal])
+
+
+def _keep_standby(address: HostAddress, is_over: threading.Event) -> None:
+    """Start a host on standby whenever there is none, until it is over."""
+    pid = 0
+    while True:
+        if not pid or not Path(f"/proc/{pid}").exists():
+            pid = next((found for found, called in _processes(address) if called != _HOST), 0)
+            if not pid:
+                _start_standby(address)
+        if is_over.wait(_STANDBY_LOOK_S):
+            return _end_standby(address)
 
 
 def _end_standby(address: HostAddress) -> None:
@@ -209,7 +225,7 @@ def _read(sock: socket.socket) -> bytes:
 
 def _processes(address: HostAddress) -> Iterator[tuple[int, str]]:
     """Numbers of the hosts of an address, on standby or not, and what they are called."""
-    mine = {__name__.encode(), address.journal.encode()}
+    mine = {_MODULE.encode(), address.journal.encode()}
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
         with contextlib.suppress(OSError):
             if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
@@ -281,7 +297,7 @@ def main() -> None:
     with contextlib.suppress(OSError):
         sock.sendall(_READY)
     sock.close()
-    service.is_ending.wait()
+    _keep_standby(address, service.is_ending)
     host.end_workers()
     service.last = [host.view()]
     service.may_leave.wait()
