@@ -10,8 +10,12 @@ _PEER = struct.Struct("3i")
 """Process, user and group at the other end."""
 
 
-def listen_locally(name: str) -> socket.socket:
+def listen_locally(name: str, backlog: int = 128) -> socket.socket:
     """Be found under a name.
+
+    Args:
+        name: of this process, for all of the host.
+        backlog: how many may connect before they are let in.
 
     Raises:
         OSError: another process has that name.
@@ -19,7 +23,7 @@ def listen_locally(name: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(f"\0{name}")
-        listener.listen()
+        listener.listen(backlog)
     except OSError:
         listener.close()
         raise

@@ -40,6 +40,7 @@ import zmq
 from lightning_flashrl import clock
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, LeaseLostError, QueueUnavailableError
 from lightning_flashrl.messaging.frames import CHUNK_BYTES, FrameBuffer, FrameChannel, frame
+from lightning_flashrl.messaging.local import listen_locally, peer_pid
 from lightning_flashrl.messaging.loop import EventLoop, Timer
 from lightning_flashrl.messaging.memory import attach_memory
 from lightning_flashrl.messaging.security import DoorKeeper, JobKeys
@@ -72,8 +73,6 @@ _RECONNECT_PAUSE_S = 0.05
 _SESSION_TIMEOUT_S = 600.0
 _BACKLOG = 4096
 _REMEMBERED_GRANTS = 4096
-_CREDENTIALS = struct.Struct("3i")
-"""Process, user and group at the other end of a Unix socket."""
 _UNANSWERED = 0
 """Number of messages that nobody waits for an answer to."""
 _AnswerT = TypeVar("_AnswerT", bound=protocol.Message)
@@ -541,10 +540,8 @@ class _LocalDoor:
         self._numbers = itertools.count()
         self._channels: dict[bytes, FrameChannel] = {}
         self._let_in: dict[bytes, bytes | None] = {}  # connection → client, if it is the client's first
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket = listen_locally(self.address, _BACKLOG)
         self._socket.setblocking(False)
-        self._socket.bind(f"\0{self.address}")
-        self._socket.listen(_BACKLOG)
         loop.add_reader(self._socket.fileno(), self._on_connection)
 
     def _on_connection(self) -> None:
@@ -552,8 +549,7 @@ class _LocalDoor:
             accepted, _ = self._socket.accept()
         except OSError:  # gone again
             return
-        credentials = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(credentials)[1] != os.getuid():
+        if not peer_pid(accepted):
             self.num_refused += 1
             accepted.close()
             return
