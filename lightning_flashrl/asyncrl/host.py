@@ -300,11 +300,10 @@ class StreamHost:
     def _close_books(self) -> None:
         """Of workers of earlier hosts that have not been taken over."""
         if self._before is not None:
-            taken = {(worker.pid, worker.since_s) for fleet in self._fleets for worker in fleet.records()}
-            workers = [worker for worker in self._before.workers if (worker.pid, worker.since_s) not in taken]
-            for worker in workers:
+            earlier, _ = self._earlier_and_own_workers()
+            for worker in earlier:
                 worker.state = "ended" if worker.state == "ended" else "lost"
-            self._before = msgspec.structs.replace(self._before, workers=workers)
+            self._before = msgspec.structs.replace(self._before, workers=earlier)
 
     def _settle(self) -> None:
         """Bring the plan to where the queue is: it may have come further than the last note."""
@@ -333,11 +332,16 @@ class StreamHost:
         before = {} if self._before is None else self._before.wanted
         return before | {fleet.role: fleet.num_wanted for fleet in self._fleets}
 
-    def _workers(self) -> list[WorkerRecord]:
+    def _earlier_and_own_workers(self) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+        """Workers of earlier hosts that have not been taken over, and those of this one."""
         own = [record for fleet in self._fleets for record in fleet.records()]
-        before = [] if self._before is None else self._before.workers
         taken = {(worker.pid, worker.since_s) for worker in own}
-        return [*(worker for worker in before if (worker.pid, worker.since_s) not in taken), *own]
+        before = [] if self._before is None else self._before.workers
+        return [worker for worker in before if (worker.pid, worker.since_s) not in taken], own
+
+    def _workers(self) -> list[WorkerRecord]:
+        earlier, own = self._earlier_and_own_workers()
+        return [*earlier, *own]
 
     def _num_replaced(self) -> int:
         before = 0 if self._before is None else self._before.num_replaced

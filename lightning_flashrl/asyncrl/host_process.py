@@ -208,10 +208,7 @@ def _keep_standby(address: HostAddress, is_over: threading.Event) -> None:
 
 
 def _end_standby(address: HostAddress) -> None:
-    for pid, called in _processes(address):
-        if called != _HOST:
-            with contextlib.suppress(ProcessLookupError):
-                _kill(pid)
+    _end(address, lambda _, called: called != _HOST)
 
 
 def _read(sock: socket.socket) -> bytes:
@@ -225,28 +222,38 @@ def _read(sock: socket.socket) -> bytes:
 
 def _processes(address: HostAddress) -> Iterator[tuple[int, str]]:
     """Numbers of the hosts of an address, on standby or not, and what they are called."""
-    mine = {_MODULE.encode(), address.journal.encode()}
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-        with contextlib.suppress(OSError):
-            if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
-                yield pid, Path(f"/proc/{pid}/comm").read_text().rstrip()
+        called = None
+        with contextlib.suppress(OSError):  # gone meanwhile
+            called = _look_at(pid, address)
+        if called is not None:
+            yield pid, called
+
+
+def _look_at(pid: int, address: HostAddress) -> str | None:
+    """What a process is called, if it is a host of an address; else ``None``."""
+    mine = {_MODULE.encode(), address.journal.encode()}
+    if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip()
+    return None
 
 
 def _end_hosts(address: HostAddress, but: int) -> None:
     """Kill a host of this address that hangs, or that a predecessor has begun to start; wait until it is gone."""
+    _end(address, lambda pid, _: pid != but)
+
+
+def _end(address: HostAddress, is_meant: Callable[[int, str], bool]) -> None:
     for pid, _ in _processes(address):
-        if pid != but:
-            with contextlib.suppress(ProcessLookupError):
-                _kill(pid)
-
-
-def _kill(pid: int) -> None:
-    pidfd = os.pidfd_open(pid)
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        select.select([pidfd], [], [], _KILL_TIMEOUT_S)
-    finally:
-        os.close(pidfd)
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(pid)
+            try:  # from now on the number is not another process's
+                called = _look_at(pid, address)
+                if called is not None and is_meant(pid, called):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    select.select([pidfd], [], [], _KILL_TIMEOUT_S)
+            finally:
+                os.close(pidfd)
 
 
 def _standby_name(journal: str) -> str:
