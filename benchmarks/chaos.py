@@ -3,8 +3,9 @@
 python benchmarks/chaos.py [--mtbf 60 30 10 5] [--seconds 240]
 
 The job of `make demo` with two trainer ranks under flash_ddp and one rollout worker. A random process (trainer ranks,
-rollout worker, the process of queue and plan, the supervisor) is killed every so many seconds on average. *goodput* is
-the time that the same number of steps takes without kills over the time with them. Each run is audited row by row from
+rollout worker, the process of queue and plan, the one on standby for it, the supervisor) is killed every so many
+seconds on average. *goodput* is the time that the same number of steps takes without kills over the time with them: the
+mean of a run without kills before and one after each, for a machine's speed drifts. Each run is audited row by row from
 its files alone (`flashrl audit`).
 """
 
@@ -33,6 +34,8 @@ from lightning_flashrl.asyncrl.history import read_history, read_kills
 _TIMEOUT_S = 3600
 _BACK = re.compile(r"it is back after (\d+) ms")
 _WARM_UP = 4
+_CALM_STEPS = 150
+_ROLES = ("trainer", "rollout", "queue", "standby", "supervisor")
 
 
 def run(folder: Path, mtbf_s: float | None, steps: int, seed: int) -> dict[str, Any]:
@@ -80,28 +83,29 @@ def main() -> None:
     arguments = parser.parse_args()
     watch, found = Watch.begin(), {}
     with tempfile.TemporaryDirectory() as folder:
-        calm = run(Path(folder) / "calm", None, 200, 0)
-        num_steps = round(arguments.seconds / calm["step_s"])
+        calm = [run(Path(folder) / "calm", None, _CALM_STEPS, 0)]
+        num_steps = round(arguments.seconds / calm[0]["step_s"])
         for mtbf_s in arguments.mtbf:
-            found[f"{mtbf_s:g}"] = run(Path(folder) / f"{mtbf_s:g}", mtbf_s, num_steps, 1)
-            print(f"{mtbf_s:g} s: {found[f'{mtbf_s:g}']}", flush=True)
-        found["none"] = run(Path(folder) / "none", None, 200, 1)
+            one = run(Path(folder) / f"{mtbf_s:g}", mtbf_s, num_steps, 1)
+            calm.append(run(Path(folder) / f"calm-{mtbf_s:g}", None, _CALM_STEPS, 1))
+            one["goodput"] = statistics.fmean(beside["step_s"] for beside in calm[-2:]) / one["step_s"]
+            found[f"{mtbf_s:g}"] = one
+            print(f"{mtbf_s:g} s: {one}", flush=True)
     contention = watch.end()
-    # Calm runs before and after: the machine's speed drifts.
-    calm_s = statistics.fmean((calm["step_s"], found["none"]["step_s"]))
-    roles = ("trainer", "rollout", "queue", "supervisor")
+    calm_s = [one["step_s"] for one in calm]
     table = Table(
-        *("a kill every, s", "kills", "goodput", "faults found", "reward", *(f"{role}: kills, ms" for role in roles)),
-        title=f"{num_steps} steps of {calm_s:.3f} s, two ranks, a worker; ms until a successor works: median, longest",
+        *("a kill every, s", "kills", "goodput", "faults found", "reward", *(f"{role}: kills, ms" for role in _ROLES)),
+        title=f"{num_steps} steps of {min(calm_s):.3f} to {max(calm_s):.3f} s without kills, two ranks, a worker; "
+        "ms until a successor works: median, longest",
     )
     for name, one in found.items():
         table.add_row(
             name,
             str(sum(one["kills"].values())),
-            f"{calm_s / one['step_s']:.1%}",
+            f"{one['goodput']:.1%}",
             str(len(one["faults"]) + sum(one["books"].values())),
             f"{one['reward_last']:.2f}",
-            *(_told(one["kills"].get(role, 0), one["recovery_ms"].get(role, [])) for role in roles),
+            *(_told(one["kills"].get(role, 0), one["recovery_ms"].get(role, [])) for role in _ROLES),
         )
     Console(width=150).print(table)
     print(f"contention: {contention}")

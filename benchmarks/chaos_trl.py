@@ -4,8 +4,8 @@ python benchmarks/chaos_trl.py [--mtbf 60 30] [--seconds 120] [--save-every 1]
 
 The job of benchmarks/grpo.py ("short"), with a checkpoint every so many steps. Its process is killed every so many
 seconds on average and started again at once. *goodput* is the time that the steps take without kills, and without
-checkpoints, over the time with them. Beside it stands the run of benchmarks/chaos.py with as many kills a minute, of
-two trainer ranks, a rollout worker, the process of the queue and the supervisor.
+checkpoints, over the time with them: the mean of a run without before and one after each, for a machine's speed drifts.
+Beside it stands the run of benchmarks/chaos.py with as many kills a minute.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import tempfile
 import time
@@ -61,6 +62,14 @@ def run_trl(folder: Path, mtbf_s: float | None, steps: int, save_every: int) -> 
     }
 
 
+def _calm_trl(folder: Path, name: str) -> dict[str, Any]:
+    return run_trl(folder / f"trl-calm-{name}", None, 60, 10**6)
+
+
+def _calm_flash(folder: Path, name: str) -> dict[str, Any]:
+    return run_flash(folder / f"flash-calm-{name}", None, 150, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mtbf", nargs="+", type=float, default=[60.0, 30.0])
@@ -76,21 +85,21 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {"TRL": {}, "flash": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calm = {
-            "TRL": run_trl(folder / "trl-calm", None, 40, 10**6),
-            "flash": run_flash(folder / "flash-calm", None, 200, 0),
-        }
-        num_steps = {system: round(arguments.seconds / one["step_s"]) for system, one in calm.items()}
+        calm = {"TRL": [_calm_trl(folder, "")], "flash": [_calm_flash(folder, "")]}
+        num_steps = {system: round(arguments.seconds / runs[0]["step_s"]) for system, runs in calm.items()}
         for mtbf_s in arguments.mtbf:
             key = f"{mtbf_s:g}"
             found["TRL"][key] = run_trl(folder / f"trl-{key}", mtbf_s, num_steps["TRL"], arguments.save_every)
+            calm["TRL"].append(_calm_trl(folder, key))
+            calm["flash"].append(_calm_flash(folder, f"before-{key}"))
             found["flash"][key] = run_flash(folder / f"flash-{key}", mtbf_s, num_steps["flash"], 1)
+            calm["flash"].append(_calm_flash(folder, key))
             for system, runs in found.items():
                 one = runs[key]
                 kills = one["kills"] if isinstance(one["kills"], int) else sum(one["kills"].values())
                 lost = one["steps_lost"] if "steps_lost" in one else one["books"]["steps_lost"]
-                goodput = calm[system]["step_s"] / one["step_s"]
-                table.add_row(key, system, str(kills), f"{goodput:.0%}", str(lost))
+                one["goodput"] = statistics.fmean(beside["step_s"] for beside in calm[system][-2:]) / one["step_s"]
+                table.add_row(key, system, str(kills), f"{one['goodput']:.0%}", str(lost))
     Console(width=120).print(table)
     contention = watch.end()
     print(f"contention: {contention}")

@@ -19,18 +19,20 @@ from lightning_flashrl.strategies.ddp import FlashDDPStrategy
 
 
 class Chaos(L.Callback):
-    """Kills processes of an :class:`~lightning_flashrl.AsyncRL` run with SIGKILL, at random or on schedule.
+    """Kills processes of an :class:`~lightning_flashrl.AsyncRL` run, at random or on schedule.
 
-    Every kill is written to ``kills.jsonl`` in the run's folder, and drawn in its report. A trainer rank is spared
-    until all ranks have gone on from the last loss: of two ranks, one must be left.
+    With SIGKILL, or with SIGSTOP: then they hang until somebody notices. Every kill is written to ``kills.jsonl`` in
+    the run's folder, and drawn in its report. A trainer rank is spared until all ranks have gone on from the last loss:
+    of two ranks, one must be left.
 
     Args:
         output_dir: of the run's :class:`~lightning_flashrl.asyncrl.recorder.RunRecorder`, which must be there.
         mtbf_s: mean time between kills; ``None`` for none at random.
-        schedule: kills at set steps, such as ``"rollout 0 at step 12"``, ``"queue at step 20"``.
+        schedule: kills at set steps, such as ``"rollout 0 at step 12"``, ``"queue hangs at step 20"``.
         roles: whose processes are killed at random.
         seed: of the random numbers.
         max_kills: in all; ``None`` for no limit.
+        hang_share: of those at random, how many are stopped instead of killed, 0 to 1.
 
     Raises:
         ConfigurationError: a time, role or schedule that cannot be.
@@ -45,9 +47,12 @@ class Chaos(L.Callback):
         roles: Sequence[str] = ROLES,
         seed: int = 0,
         max_kills: int | None = None,
+        hang_share: float = 0.0,
     ) -> None:
         if mtbf_s is not None and not mtbf_s > 0:
             raise ConfigurationError(f"chaos.mtbf_s={mtbf_s}; use a time above 0 s, or null for none at random")
+        if not 0 <= hang_share <= 1:
+            raise ConfigurationError(f"chaos.hang_share={hang_share}; use a share from 0 to 1")
         if mtbf_s is None and not schedule:
             raise ConfigurationError("chaos kills nothing; give mtbf_s or a schedule")
         unknown = sorted(set(roles) - set(ROLES))
@@ -65,6 +70,7 @@ class Chaos(L.Callback):
             "roles": list(roles),
             "seed": seed,
             "max_kills": max_kills,
+            "hang_share": hang_share,
         }
         self._process: subprocess.Popen[bytes] | None = None
 

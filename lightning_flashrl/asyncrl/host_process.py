@@ -49,9 +49,10 @@ _FIND_TIMEOUT_S = 1.0
 _LOOK_S = 0.2
 _KILL_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 60.0
+_ANSWER_TIMEOUT_S = 5.0
 _POLL_S = 0.01
 _STANDBY_LOOK_S = 0.5
-_READY = b"ready"
+_HERE, _READY = b"here", b"ready"
 _HOST = "flashrl-host"
 """What the kernel calls a host that serves, or is about to."""
 
@@ -177,13 +178,15 @@ class HostHome:
             if clock.now_s() > deadline_s:
                 return f"nothing of it was heard in {_START_TIMEOUT_S:g} s".encode()
             clock.sleep(_POLL_S)
-        with sock:
-            sock.settimeout(_START_TIMEOUT_S)
-            _end_hosts(self._address, but=peer_pid(sock))
-            with contextlib.suppress(OSError):  # it has died, or does not move
+        with sock, contextlib.suppress(OSError):  # it has died, or does not move
+            sock.settimeout(_ANSWER_TIMEOUT_S)
+            if sock.recv(len(_HERE)) == _HERE:
+                _end_hosts(self._address, but=peer_pid(sock))
+                sock.settimeout(_START_TIMEOUT_S)
                 sock.sendall(pickle.dumps((self._address, settings, sys.path)))
                 sock.shutdown(socket.SHUT_WR)
-            return _read(sock)
+                return _read(sock)
+        return b""
 
     def close(self) -> None:
         """End the host on standby."""
@@ -284,8 +287,9 @@ def main() -> None:
             sock.close()
     name_process(_HOST)
     try:
+        sock.sendall(_HERE)
         address, settings, sys.path[:] = pickle.loads(_read(sock))
-    except (EOFError, pickle.UnpicklingError):  # rank 0 died while it said that
+    except (OSError, EOFError, pickle.UnpicklingError):  # rank 0 died while it said that
         return
     try:
         host = StreamHost(

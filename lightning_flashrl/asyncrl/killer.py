@@ -1,4 +1,4 @@
-"""Kills processes of a run on purpose, at random or on schedule, and writes down which.
+"""Kills or stops processes of a run on purpose, at random or on schedule, and writes down which.
 
 ``python -m lightning_flashrl.asyncrl.killer`` is a process of its own, so that it outlives whom it kills. It knows a
 run from its folder: ``processes.json`` says who is there, ``history.jsonl`` how far training is.
@@ -44,30 +44,38 @@ class Strike:
         step: optimizer steps of the run before it.
         role: of the process.
         rank: its number among those of its role; −1 if there is only one.
+        hangs: it is stopped instead, and hangs.
 
     >>> Strike.parse("rollout 0 at step 12")
-    Strike(step=12, role='rollout', rank=0)
-    >>> Strike.parse("queue at step 3")
-    Strike(step=3, role='queue', rank=-1)
+    Strike(step=12, role='rollout', rank=0, hangs=False)
+    >>> Strike.parse("queue hangs at step 3")
+    Strike(step=3, role='queue', rank=-1, hangs=True)
     """
 
     step: int
     role: str
     rank: int
+    hangs: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Strike:
-        """Read ``ROLE RANK at step STEP``.
+        """Read ``ROLE RANK at step STEP`` or ``ROLE RANK hangs at step STEP``.
 
         Raises:
             ValueError: it is not of that form.
         """
-        match text.split():
+        words = text.split()
+        if hangs := words[-4:-3] == ["hangs"]:
+            del words[-4]
+        match words:
             case [role, rank, "at", "step", step] if rank.isdecimal() and step.isdecimal() and role in ROLES:
-                return cls(int(step), role, int(rank))
+                return cls(int(step), role, int(rank), hangs)
             case ["queue" | "standby" | "supervisor" as role, "at", "step", step] if step.isdecimal():
-                return cls(int(step), role, _ONLY)
-        raise ValueError(f"{text!r} is no strike; write 'ROLE RANK at step STEP', with a role of {', '.join(ROLES)}")
+                return cls(int(step), role, _ONLY, hangs)
+        raise ValueError(
+            f"{text!r} is no strike; write 'ROLE RANK at step STEP' or 'ROLE RANK hangs at step STEP', with a role of "
+            f"{', '.join(ROLES)}"
+        )
 
 
 @dataclass(slots=True)
@@ -108,6 +116,7 @@ class Killer:
         roles: whose processes are killed at random.
         seed: of the random numbers.
         max_kills: in all; ``None`` for no limit.
+        hang_share: of those at random, how many are stopped instead of killed.
     """
 
     def __init__(
@@ -118,6 +127,7 @@ class Killer:
         roles: Sequence[str],
         seed: int,
         max_kills: int | None,
+        hang_share: float = 0.0,
     ) -> None:
         self._run = _Run(folder)
         self._mtbf_s = mtbf_s
@@ -125,6 +135,7 @@ class Killer:
         self._roles = tuple(roles)
         self._random = random.Random(seed)
         self._left = max_kills
+        self._hang_share = hang_share
         self._struck_at = -2
         """Step of the run when a trainer rank was killed last: the next must not die before all have gone on."""
 
@@ -136,11 +147,11 @@ class Killer:
             if (
                 self._strikes
                 and self._run.step() >= self._strikes[0].step
-                and self._kill(self._victim(self._strikes[0]))
+                and self._strike(self._victim(self._strikes[0]), self._strikes[0].hangs)
             ):
                 del self._strikes[0]
             if next_s is not None and clock.now_s() >= next_s:
-                self._kill(self._any_victim())
+                self._strike(self._any_victim(), self._random.random() < self._hang_share)
                 next_s = self._next_s()
             if next_s is None and not self._strikes:
                 return
@@ -161,17 +172,24 @@ class Killer:
     def _may_lose_a_rank(self) -> bool:
         return self._run.step() > self._struck_at + 1  # the one after it may have been committed before
 
-    def _kill(self, victim: ProcessEntry | None) -> bool:
+    def _strike(self, victim: ProcessEntry | None, hangs: bool) -> bool:
         if victim is None:
             return False
-        step = self._run.step()
+        step, number = self._run.step(), signal.SIGSTOP if hangs else signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(victim.pid, number)
             if victim.role == "trainer":
                 self._struck_at = step
             if self._left is not None:
                 self._left -= 1
-            told = {"at_s": clock.now_s(), "step": step, "role": victim.role, "rank": victim.rank, "pid": victim.pid}
+            told = {
+                "at_s": clock.now_s(),
+                "step": step,
+                "role": victim.role,
+                "rank": victim.rank,
+                "pid": victim.pid,
+                "signal": number.name,
+            }
             with (self._run.folder / KILLS).open("a") as file:
                 file.write(json.dumps(told) + "\n")
             return True

@@ -36,11 +36,14 @@ from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundi
 from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
 from lightning_flashrl.messaging.local import listen_locally, peer_pid
+from lightning_flashrl.procfs import is_stopped
 
 _MODULE = Job.__module__
 _LOOK_S = 1.0
 _HANG_TIMEOUT_S = 30.0
-"""A worker that serves and is silent for so long hangs, or was stopped."""
+"""A worker that serves and is silent for so long hangs."""
+_STOPPED_TIMEOUT_S = 2.0
+"""So does one that a signal has stopped for so long, whatever it does."""
 _MAX_DEATHS = 10
 """So many processes of a worker may die, one after the other, before one has done a single row."""
 
@@ -146,6 +149,7 @@ class _Process:
         self.sock = sock
         self.heard_s = clock.now_s()
         self.verdict = ""
+        self.stopped_s: float | None = None
         self.is_leaving = False
         self.is_over = False
         self.error = ""
@@ -237,6 +241,20 @@ class _Process:
         """Tell it to end."""
         self.is_leaving = True
         self.send(END.encode())
+
+    def hang(self) -> str:
+        """How it hangs; empty if it does not."""
+        now_s = clock.now_s()
+        silent_s = now_s - self.heard_s
+        if self.record.state == "serving" and silent_s > _HANG_TIMEOUT_S:
+            return f"was silent for {silent_s:.0f} s and was killed"
+        if not is_stopped(self.record.pid):
+            self.stopped_s = None
+            return ""
+        self.stopped_s = now_s if self.stopped_s is None else self.stopped_s
+        if now_s - self.stopped_s > _STOPPED_TIMEOUT_S:
+            return f"was stopped for {now_s - self.stopped_s:.0f} s and was killed"
+        return ""
 
     def kill(self) -> None:
         """End it now."""
@@ -468,9 +486,8 @@ class WorkerFleet:
                 process.record.state = "standby"
                 self._standby.append(process)
             for process in self._processes.values():
-                silent_s = clock.now_s() - process.heard_s
-                if process.record.state == "serving" and silent_s > _HANG_TIMEOUT_S and not process.verdict:
-                    process.verdict = f"was silent for {silent_s:.0f} s and was killed"
+                if not process.verdict and (verdict := process.hang()):
+                    process.verdict = verdict
                     process.kill()
 
     def _ended(self, process: _Process) -> None:

@@ -98,7 +98,7 @@ def _table(summary: Mapping[str, Any], descriptions: Mapping[str, str]) -> str:
 def _kill_table(kills: Sequence[Mapping[str, Any]]) -> str:
     rows = "".join(
         f"<tr><td class='number'>{kill['step']}</td><td>{html.escape(_who(kill))}</td>"
-        f"<td class='what'>process {kill['pid']}</td></tr>"
+        f"<td class='what'>{_fate(kill)}, process {kill['pid']}</td></tr>"
         for kill in kills
     )
     return f"<table><tr><td>after step</td><td>who</td><td></td></tr>{rows}</table>"
@@ -106,6 +106,10 @@ def _kill_table(kills: Sequence[Mapping[str, Any]]) -> str:
 
 def _who(kill: Mapping[str, Any]) -> str:
     return f"{kill['role']} {kill['rank']}" if kill["rank"] >= 0 else str(kill["role"])
+
+
+def _fate(kill: Mapping[str, Any]) -> str:
+    return "stopped" if kill.get("signal") == "SIGSTOP" else "killed"
 
 
 def _shown(value: Any) -> str:
@@ -137,11 +141,11 @@ def _svg(figure: Figure) -> str:
 
 
 def _mark(axes: Any, kills: Sequence[Mapping[str, Any]]) -> None:
-    """Draw a line where somebody was killed, in a colour for each role."""
-    roles = list(dict.fromkeys(kill["role"] for kill in kills))
-    for index, role in enumerate(roles):
-        for number, kill in enumerate(kill for kill in kills if kill["role"] == role):
-            label = f"{role} killed" if not number else None
+    """Draw a line where somebody was killed or stopped, in a colour for each role."""
+    fates = [f"{kill['role']} {_fate(kill)}" for kill in kills]
+    for index, fate in enumerate(dict.fromkeys(fates)):
+        for number, kill in enumerate(kill for kill, its in zip(kills, fates, strict=True) if its == fate):
+            label = fate if not number else None
             axes.axvline(kill["step"] + 0.5, color=f"C{3 + index}", linewidth=0.8, linestyle=":", label=label)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lightning_flashrl import clock
+from lightning_flashrl.procfs import is_stopped, read_stat
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a user sends to a job to end it."""
@@ -166,8 +167,8 @@ class Process:
         From then on the kernel only takes its memory apart, which it does before it tells anybody: milliseconds for
         each 100 MB. ``None`` as long as a thread may still run.
         """
-        stats = [_stat(f"/proc/{self.pid}/task/{thread}/stat") for thread in _threads(self.pid)]
-        own = _stat(f"/proc/{self.pid}/stat")
+        stats = [read_stat(f"/proc/{self.pid}/task/{thread}/stat") for thread in _threads(self.pid)]
+        own = read_stat(f"/proc/{self.pid}/stat")
         if not own or any(stat and not int(stat[_FLAGS]) & _PF_EXITING for stat in [own, *stats]):
             return None
         code = int(own[_EXIT_CODE])
@@ -183,13 +184,7 @@ class Process:
 
     def is_stopped(self) -> bool:
         """Whether a signal has stopped the process."""
-        return process_state(self.pid) == "T"
-
-
-def process_state(pid: int) -> str | None:
-    """Return the kernel's letter for a process's state, or ``None`` when there is no such process."""
-    stat = _stat(f"/proc/{pid}/stat")
-    return stat[0] if stat else None
+        return is_stopped(self.pid)
 
 
 def open_thread(thread: int) -> int | None:
@@ -203,15 +198,6 @@ def open_thread(thread: int) -> int | None:
 def _threads(pid: int) -> list[str]:
     try:
         return os.listdir(f"/proc/{pid}/task")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _stat(path: str) -> list[str]:
-    """What the kernel says behind the name; empty when there is no such process or thread."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -265,7 +251,7 @@ def children() -> list[int]:
     found: list[int] = []
     for name in os.listdir("/proc"):
         if name.isdecimal():
-            stat = _stat(f"/proc/{name}/stat")
+            stat = read_stat(f"/proc/{name}/stat")
             if stat and int(stat[1]) == os.getpid():
                 found.append(int(name))
     return found

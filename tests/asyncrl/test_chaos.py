@@ -101,9 +101,26 @@ def test_kills_at_random_are_of_the_roles_and_as_many_as_asked_for(folder: Folde
 
 
 @pytest.mark.parametrize(
+    "wishes",
+    [
+        {"strikes": [Strike.parse("rollout 0 hangs at step 1")]},
+        {"mtbf_s": 0.01, "roles": ["rollout"], "max_kills": 1, "hang_share": 1.0},
+    ],
+)
+def test_one_that_is_to_hang_is_stopped(folder: Folder, wishes: dict[str, Any]) -> None:
+    folder.begin(**wishes).join(10)
+    child = folder.children["rollout", 0]
+    _, status = os.waitpid(child.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    assert [(kill["role"], kill["signal"]) for kill in read_kills(folder.path)] == [("rollout", "SIGSTOP")]
+    assert "rollout stopped" in write_run_report(folder.path).read_text()
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"mtbf_s": 0}, "chaos.mtbf_s=0"),
+        ({"mtbf_s": 1, "hang_share": 1.5}, "chaos.hang_share=1.5; use a share from 0 to 1"),
         ({}, "kills nothing"),
         ({"mtbf_s": 1, "roles": ["cat"]}, r"chaos.roles=\['cat'\]"),
         ({"schedule": ["trainer at noon"]}, "ROLE RANK at step STEP"),

@@ -92,6 +92,23 @@ def test_the_queue_may_die_together_with_any_rank(tmp_path: Path) -> None:
     assert summary["kills"] == 5
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "strikes",
+    [
+        ["trainer 1 hangs at step 2", "trainer 0 hangs at step 6"],
+        ["queue hangs at step 2", "supervisor hangs at step 6"],
+        ["standby hangs at step 2", "queue at step 2"],
+        ["rollout 0 hangs at step 2", "queue at step 2"],
+    ],
+)
+def test_whoever_hangs_is_replaced_and_no_row_is_lost(tmp_path: Path, strikes: list[str]) -> None:
+    summary = run(tmp_path, schedule=",".join(strikes), **{"max-steps": 12})
+    check(summary, recoveries=sum(strike.startswith("trainer") for strike in strikes), steps=12)
+    assert summary["kills"] == len(strikes)
+
+
 def test_a_rank_that_waits_for_rows_helps_a_lost_one_back(tmp_path: Path) -> None:
     """The rows may be what only the lost one can bring about."""
     gate, output_dir = tmp_path / "gate", tmp_path / "run"

@@ -219,15 +219,27 @@ class TestFaults:
         assert summary["rows_lost"] == summary["rows_duplicated"] == 0
         assert {"rollout-0.log", "rollout-standby.log"} <= {path.name for path in (tmp_path / "logs").iterdir()}
 
-    def test_a_worker_that_hangs_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_worker_that_was_stopped_on_standby_is_replaced(self, tmp_path: Path) -> None:
+        """It has just taken the place of one that died."""
+
         class Stopper(L.Callback):
             def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-                if trainer.global_step == 3:
-                    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-                    os.kill(data.current_session.view().workers[0].pid, signal.SIGSTOP)
+                workers = trainer.datamodule.current_session.view().workers  # type: ignore[attr-defined]
+                by_state = {worker.state: worker for worker in workers}
+                if {"standby", "serving"} <= by_state.keys() and "lost" not in by_state:
+                    os.kill(by_state["standby"].pid, signal.SIGSTOP)
+                    os.kill(by_state["serving"].pid, signal.SIGKILL)
+                trainer.should_stop = sum(worker.state == "lost" for worker in workers) > 1 and "serving" in by_state
 
+        rollout = RolloutSettings(max_new_tokens=6, max_length=16, num_slots=8, reward_workers=0, standby=1)
+        _fit(rl.make_data(rollout=rollout), Stopper(), RunRecorder(tmp_path), max_steps=10_000)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["workers_replaced"] == 2
+        assert summary["rows_lost"] == summary["rows_duplicated"] == 0
+
+    def test_a_worker_that_hangs_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fleet, "_HANG_TIMEOUT_S", 2.0)
-        _fit(rl.make_data(), Stopper(), RunRecorder(tmp_path), max_steps=6)
+        _fit(rl.make_data(reward=rl.Freezing(tmp_path / "frozen", 40)), RunRecorder(tmp_path), max_steps=6)
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["workers_replaced"] == 1
         _check_books(summary, rows=6 * 16, staleness=1)

@@ -23,9 +23,11 @@ import pytest
 from lightning_flashrl.asyncrl.audit import audit
 from lightning_flashrl.asyncrl.history import read_kills
 
-STEPS = 100
+STEPS = 300
 MTBF_S = (5, 10, 5, 30, 5, 10, 5, 60)
 STALENESS = (1, 0, 4, 1)
+HANG_SHARE = (0, 0.2, 0.2)
+WORKERS = ((), (), ("rollout.reward_workers=1", "algorithm.kl_coefficient=0.01"))
 _SETTINGS = ("experiment=grpo_sort", "strategy=flash_ddp", "trainer.devices=2", "record=true", "warm_start.steps=40")
 
 
@@ -48,7 +50,7 @@ class _Figures:
             "steps": self.steps,
             "rows": self.rows,
             "kills": sum(self.kills.values()),
-            "kills_by_role": dict(self.kills.most_common()),
+            "kills_by_role_and_signal": dict(self.kills.most_common()),
             "failures": {str(seed): text for seed, text in self.failures.items()},
             "seconds": round(self.seconds, 1),
         }
@@ -56,9 +58,11 @@ class _Figures:
 
 def _run(seed: int, figures: _Figures) -> None:
     mtbf_s, staleness = MTBF_S[seed % len(MTBF_S)], STALENESS[seed % len(STALENESS)]
+    hang_share, workers = HANG_SHARE[seed % len(HANG_SHARE)], WORKERS[seed % len(WORKERS)]
     folder = Path(tempfile.mkdtemp(prefix=f"flashrl-soak-rl-{seed}-"))
     arguments = [*_SETTINGS, f"seed={seed}", f"weights.max_staleness={staleness}", f"trainer.max_steps={STEPS}"]
     arguments += ["chaos=mtbf_10s", f"chaos.mtbf_s={mtbf_s}", f"paths.output_dir={folder}", "validate_every=1000000"]
+    arguments += [f"chaos.hang_share={hang_share}", *workers]
     done = subprocess.run(
         [sys.executable, "-m", "lightning_flashrl.cli.flashrl", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -69,7 +73,7 @@ def _run(seed: int, figures: _Figures) -> None:
         check=False,
     )
     (folder / "output.txt").write_text(done.stdout + done.stderr)
-    kills = collections.Counter(kill["role"] for kill in read_kills(folder))
+    kills = collections.Counter(f"{kill['role']} {kill['signal']}" for kill in read_kills(folder))
     faults = [f"it left with status {done.returncode}"] if done.returncode else _faults(folder, staleness, figures)
     figures.runs += 1
     figures.kills.update(kills)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import json
@@ -45,6 +46,21 @@ class Gated:
         self._left -= 1
         while self._left < 0 and not Path(self._path).exists():
             time.sleep(0.05)
+        return partly_right(prompt, completion, row)
+
+
+class Freezing:
+    """Rewards some rows, and then lets no thread of its process run, once."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        self._path = path
+        self._left = after
+
+    def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+        self._left -= 1
+        if self._left < 0 and not self._path.exists():
+            self._path.touch()
+            ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
         return partly_right(prompt, completion, row)
 
 

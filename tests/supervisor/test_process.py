@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from lightning_flashrl.procfs import process_state
 from lightning_flashrl.supervisor.process import (
     ExitStatus,
     Process,
@@ -18,7 +19,6 @@ from lightning_flashrl.supervisor.process import (
     children,
     die_with_parent,
     open_thread,
-    process_state,
     reap_strangers,
     spawn,
 )
