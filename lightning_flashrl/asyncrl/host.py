@@ -18,9 +18,10 @@ from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.settings import StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
 from lightning_flashrl.asyncrl.steps import CRITIC, GROUP, UPDATE, VALUES, PlanState, StepPlan, StepSampler
-from lightning_flashrl.engines.fleet import Succession, Team, WorkerFleet, WorkerRecord, idle_share, summed
+from lightning_flashrl.engines.fleet import Succession, Team, WorkerFleet, idle_share, summed
 from lightning_flashrl.engines.process import Surroundings
 from lightning_flashrl.engines.worker import WorkerStatistics, total
+from lightning_flashrl.engines.worker_process import WorkerRecord
 from lightning_flashrl.errors import ConfigurationError
 from lightning_flashrl.streaming import QueueStatistics, TransferQueue, TransferQueueServer
 from lightning_flashrl.weights import StalenessGate, WeightsAddress, keep

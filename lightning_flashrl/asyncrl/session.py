@@ -23,13 +23,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_flashrl import clock
+from lightning_flashrl.asyncrl.feeder import Feeder, TakeProblems
 from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, HostView, StreamHost
 from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost, find_failure
 from lightning_flashrl.asyncrl.host_process import HostHome
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
-from lightning_flashrl.asyncrl.steps import CRITIC, Feeder, TakeProblems
+from lightning_flashrl.asyncrl.steps import CRITIC
 from lightning_flashrl.engines.base import RolloutEngine, TrainerEngine
 from lightning_flashrl.engines.fleet import Team
 from lightning_flashrl.engines.process import POLICY, REFERENCE_POLICY, WorkerSettings

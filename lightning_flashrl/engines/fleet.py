@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import msgspec
 
@@ -34,16 +30,11 @@ from lightning_flashrl import clock
 from lightning_flashrl.engines.drafts import MAX_BOOKS, DraftsAddress
 from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundings, pack
 from lightning_flashrl.engines.worker import WorkerStatistics, total
+from lightning_flashrl.engines.worker_process import WorkerProcess, WorkerRecord
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
 from lightning_flashrl.messaging.local import listen_locally, peer_pid
-from lightning_flashrl.procfs import is_stopped
 
-_MODULE = Job.__module__
 _LOOK_S = 1.0
-_HANG_TIMEOUT_S = 30.0
-"""A worker that serves and is silent for so long hangs."""
-_STOPPED_TIMEOUT_S = 2.0
-"""So does one that a signal has stopped for so long, whatever it does."""
 _MAX_DEATHS = 10
 """So many processes of a worker may die, one after the other, before one has done a single row."""
 
@@ -76,29 +67,6 @@ class Team:
         return cls(job.role, num_workers, num_standby, pack(job))
 
 
-@dataclass(slots=True)
-class WorkerRecord:
-    """One worker's process as the job's books have it.
-
-    Attributes:
-        role: what it does.
-        rank: number of the worker among those of its role; −1 on standby.
-        pid: its process.
-        since_s: when it was started, on the wall clock.
-        state: ``"standby"``, ``"starting"``, ``"serving"``, ``"ended"`` or ``"lost"``.
-        statistics: what it has told last.
-        alive_s: how long it has served when it told that.
-    """
-
-    role: str
-    rank: int
-    pid: int
-    since_s: float
-    state: str = "starting"
-    statistics: WorkerStatistics = field(default_factory=WorkerStatistics)
-    alive_s: float = 0.0
-
-
 def summed(records: Sequence[WorkerRecord]) -> WorkerStatistics:
     """Return the sum of what workers have done; ``version`` is the oldest that one has now."""
     found = total([record.statistics for record in records])
@@ -127,162 +95,8 @@ class Succession:
     before: Sequence[WorkerRecord] = ()
 
 
-class _Process:
-    """A worker's process, seen from its fleet.
-
-    Args:
-        record: what is known of it.
-        pidfd: it.
-        child: it, if this process started it.
-        sock: the way to it; one of an earlier fleet has yet to come.
-    """
-
-    def __init__(
-        self,
-        record: WorkerRecord,
-        pidfd: int,
-        child: subprocess.Popen[bytes] | None = None,
-        sock: socket.socket | None = None,
-    ) -> None:
-        self.record = record
-        self.pidfd = pidfd
-        self.sock = sock
-        self.heard_s = clock.now_s()
-        self.verdict = ""
-        self.stopped_s: float | None = None
-        self.is_leaving = False
-        self.is_over = False
-        self.error = ""
-        self.drafts: DraftsAddress | None = None
-        self._child = child
-        self._unread = b""
-
-    @classmethod
-    def start(
-        cls, role: str, rank: int, payload_fd: int, log_path: Path | None, keeper_pid: int, home: str
-    ) -> _Process:
-        """Start a worker."""
-        ours, its = socket.socketpair()
-        log: IO[bytes] | None = None if log_path is None else log_path.open("ab")
-        try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(payload_fd), str(its.fileno()), str(keeper_pid), home],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[payload_fd, its.fileno()],
-                start_new_session=True,  # Ctrl-C is for who started it
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            its.close()
-            if log is not None:
-                log.close()
-        ours.setblocking(False)
-        return cls(WorkerRecord(role, rank, child.pid, clock.wall_s()), os.pidfd_open(child.pid), child, ours)
-
-    @classmethod
-    def find(cls, record: WorkerRecord, home: str) -> _Process | None:
-        """Return a worker of an earlier fleet; ``None`` if it is gone."""
-        try:
-            pidfd = os.pidfd_open(record.pid)
-        except ProcessLookupError:
-            return None
-        with contextlib.suppress(OSError):  # it is not the process that has had its number since
-            if {_MODULE.encode(), home.encode()}.issubset(_command_line(record.pid)):
-                return cls(record, pidfd)
-        os.close(pidfd)
-        return None
-
-    def send(self, line: bytes) -> None:
-        """Tell it something."""
-        if self.sock is not None:
-            with contextlib.suppress(OSError):  # it has died, which is seen elsewhere
-                self.sock.sendall(line)
-
-    def read(self) -> bool:
-        """Take in what it has told; return whether there may be more."""
-        if self.sock is None:
-            return False
-        try:
-            data, fds, _, _ = socket.recv_fds(self.sock, 65536, 1)
-        except OSError:  # nothing now, or for ever
-            return False
-        self.heard_s = clock.now_s()
-        for fd in fds:  # received descriptors are inheritable, unlike others
-            os.set_inheritable(fd, False)
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        for line in lines:
-            told = json.loads(line)
-            self.error = told.get("error", "")
-            self.is_over = told.get("is_over", False)
-            if "drafts" in told and fds:
-                num_places, max_tokens, mark = told["drafts"]
-                self.drafts = DraftsAddress(os.getpid(), fds.pop(), num_places, max_tokens, bytes.fromhex(mark))
-            if "statistics" in told:
-                self.record.statistics = WorkerStatistics(**told["statistics"])
-                self.record.alive_s = told["alive_s"]
-                self.record.state = "serving"
-        for fd in fds:
-            os.close(fd)
-        return bool(data)
-
-    def join(self, sock: socket.socket) -> None:
-        """It has found this fleet."""
-        sock.setblocking(False)
-        self.sock = sock
-        self.heard_s = clock.now_s()
-        if self.is_leaving:
-            self.send(END.encode())
-
-    def end(self) -> None:
-        """Tell it to end."""
-        self.is_leaving = True
-        self.send(END.encode())
-
-    def hang(self) -> str:
-        """How it hangs; empty if it does not."""
-        now_s = clock.now_s()
-        silent_s = now_s - self.heard_s
-        if self.record.state == "serving" and silent_s > _HANG_TIMEOUT_S:
-            return f"was silent for {silent_s:.0f} s and was killed"
-        if not is_stopped(self.record.pid):
-            self.stopped_s = None
-            return ""
-        self.stopped_s = now_s if self.stopped_s is None else self.stopped_s
-        if now_s - self.stopped_s > _STOPPED_TIMEOUT_S:
-            return f"was stopped for {now_s - self.stopped_s:.0f} s and was killed"
-        return ""
-
-    def kill(self) -> None:
-        """End it now."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-
-    def bury(self) -> None:
-        """Close the books of a process that has ended."""
-        while self.read():
-            pass
-        status = 0 if self._child is None else self._child.wait()
-        self.record.state = "ended" if self.is_over and status == 0 else "lost"
-        if status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
-        else:
-            how = f"left with status {status}" if self._child is not None else "died"
-        self.verdict = self.verdict or how
-        os.close(self.pidfd)
-        if self.sock is not None:
-            self.sock.close()
-
-
 def _line(drafts: DraftsAddress) -> bytes:
     return msgspec.json.encode(drafts) + b"\n"
-
-
-def _command_line(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
 
 
 class WorkerFleet:
@@ -327,9 +141,9 @@ class WorkerFleet:
         self.error: WorkerFailedError | None = None
         self._fruitless: collections.Counter[int] = collections.Counter()  # rank → deaths in a row
         self._lock = threading.Lock()
-        self._processes: dict[int, _Process] = {}  # by their numbers
-        self._standby: list[_Process] = []  # of these
-        self._num_standby_deaths = 0
+        self._processes: dict[int, WorkerProcess] = {}  # by their numbers
+        self._standby: list[WorkerProcess] = []  # of these
+        self._num_standby_deaths = 0  # in a row
         self._left: collections.deque[DraftsAddress] = collections.deque()  # by workers that are gone
         self._past: list[WorkerRecord] = []
         self._selector = selectors.DefaultSelector()
@@ -417,7 +231,7 @@ class WorkerFleet:
             if record.state not in ("starting", "serving"):
                 continue
             self._ranks.add(record.rank)
-            process = _Process.find(record, self._home)
+            process = WorkerProcess.find(record, self._home)
             if process is None:
                 self._ranks.discard(record.rank)
                 self._lose(record.rank)
@@ -425,29 +239,33 @@ class WorkerFleet:
                 self._watch_for_end(process)
 
     def _start(self, rank: int) -> None:
-        process = self._standby.pop(0) if self._standby else self._spawn(rank, str(rank))
+        if self._standby:
+            process = self._standby.pop(0)
+            self._num_standby_deaths = 0
+        else:
+            process = self._spawn(rank, str(rank))
         process.record.rank, process.record.state = rank, "starting"
         process.send(self._surroundings + b"".join(map(_line, self._left)))
 
-    def _spawn(self, rank: int, name: str) -> _Process:
+    def _spawn(self, rank: int, name: str) -> WorkerProcess:
         path = None if self._log_dir is None else self._log_dir / f"{self.role}-{name}.log"
-        process = _Process.start(self.role, rank, self._payload_fd, path, self._keeper_pid, self._home)
+        process = WorkerProcess.start(self.role, rank, self._payload_fd, path, self._keeper_pid, self._home)
         self._watch_for_end(process)
         self._listen_to(process)
         return process
 
-    def _watch_for_end(self, process: _Process) -> None:
+    def _watch_for_end(self, process: WorkerProcess) -> None:
         self._processes[process.record.pid] = process
         self._selector.register(process.pidfd, selectors.EVENT_READ, process)
 
-    def _listen_to(self, process: _Process) -> None:
+    def _listen_to(self, process: WorkerProcess) -> None:
         assert process.sock is not None
         self._selector.register(process.sock, selectors.EVENT_READ, process)
 
     def _watch(self) -> None:
         while self._processes or not self._is_over:
             for key, _ in self._selector.select(_LOOK_S):
-                process: _Process | None = key.data
+                process: WorkerProcess | None = key.data
                 if key.fd == self._wake_fd:
                     os.read(self._wake_fd, 4096)
                 elif process is None:
@@ -490,7 +308,7 @@ class WorkerFleet:
                     process.verdict = verdict
                     process.kill()
 
-    def _ended(self, process: _Process) -> None:
+    def _ended(self, process: WorkerProcess) -> None:
         self._selector.unregister(process.pidfd)
         if process.sock is not None:
             with contextlib.suppress(KeyError):  # it may have closed it first

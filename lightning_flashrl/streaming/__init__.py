@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_flashrl.streaming.client import TransferQueueClient
     from lightning_flashrl.streaming.control import QueueStatistics
     from lightning_flashrl.streaming.ledger import Task, TaskStatistics
     from lightning_flashrl.streaming.loader import Request, StreamingDataset
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         TokenBalanced,
     )
     from lightning_flashrl.streaming.schema import Batch, Field, Ragged, Schema
-    from lightning_flashrl.streaming.service import TransferQueueClient, TransferQueueServer
+    from lightning_flashrl.streaming.server import TransferQueueServer
 
 # Loaded when they are asked for: a storage unit's process needs none of them, and no torch.
 _HOMES = {
@@ -43,8 +44,8 @@ _HOMES = {
     "TaskStatistics": "ledger",
     "TokenBalanced": "samplers",
     "TransferQueue": "queue",
-    "TransferQueueClient": "service",
-    "TransferQueueServer": "service",
+    "TransferQueueClient": "client",
+    "TransferQueueServer": "server",
 }
 
 __all__ = [

@@ -4,7 +4,7 @@
 
     put(prompt) ─▶ rollout: lease(prompt) … commit(lease, {response}) ─▶ update: lease(prompt, response) … commit
 
-:class:`TransferQueue` lives in the process that makes it, :mod:`lightning_flashrl.streaming.service` puts the same
+:class:`TransferQueue` lives in the process that makes it, :mod:`lightning_flashrl.streaming.server` puts the same
 verbs behind a socket.
 
 Source: AsyncFlow (arXiv 2507.01663), section 3.

@@ -25,7 +25,7 @@ from lightning_flashrl.algorithms import DAPO, GRPO
 from lightning_flashrl.asyncrl import RolloutSettings, StepSettings, StreamingDataModule
 from lightning_flashrl.asyncrl.recorder import RunRecorder, weights_sha256
 from lightning_flashrl.asyncrl.recording import StepRecord
-from lightning_flashrl.engines import fleet
+from lightning_flashrl.engines import fleet, worker_process
 from lightning_flashrl.engines.adapters import LoRA
 from lightning_flashrl.engines.trainer import CausalLMTrainer
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
@@ -238,7 +238,7 @@ class TestFaults:
         assert summary["rows_lost"] == summary["rows_duplicated"] == 0
 
     def test_a_worker_that_hangs_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fleet, "_HANG_TIMEOUT_S", 2.0)
+        monkeypatch.setattr(worker_process, "_HANG_TIMEOUT_S", 2.0)
         _fit(rl.make_data(reward=rl.Freezing(tmp_path / "frozen", 40)), RunRecorder(tmp_path), max_steps=6)
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert summary["workers_replaced"] == 1

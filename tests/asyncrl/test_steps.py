@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_flashrl.asyncrl.feeder import Feeder
 from lightning_flashrl.asyncrl.host import HostSettings, StreamHost
 from lightning_flashrl.asyncrl.settings import StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
-from lightning_flashrl.asyncrl.steps import UPDATE, Feeder, PromptSampler, StepPlan, StepSampler
+from lightning_flashrl.asyncrl.steps import UPDATE, PromptSampler, StepPlan, StepSampler
 from lightning_flashrl.engines.experience import EXPERIENCE, prompt_rows
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseLostError, LeaseTimeoutError, WouldBlock
 from lightning_flashrl.streaming import Lease, Task, TransferQueue

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from lightning_flashrl.engines.fleet import Succession, Team, WorkerFleet, WorkerRecord
+from lightning_flashrl.engines.fleet import Succession, Team, WorkerFleet
 from lightning_flashrl.engines.process import Begin, Job, Surroundings
 from lightning_flashrl.engines.worker import WorkerStatistics
+from lightning_flashrl.engines.worker_process import WorkerRecord
 from lightning_flashrl.streaming import QueueVerbs
 from lightning_flashrl.weights import WeightsAddress
 

@@ -31,10 +31,9 @@ from lightning_flashrl.streaming import (
     TransferQueueClient,
     TransferQueueServer,
     protocol,
-    service,
     unit,
 )
-from lightning_flashrl.streaming.service import Transport
+from lightning_flashrl.streaming.client import Transport
 
 FIELDS = {"x": Field(torch.int64, (None,))}
 
@@ -161,7 +160,7 @@ class TestDeath:
     def test_a_client_that_was_stopped_for_a_while_asks_again(
         self, transport: Transport, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(service, "_SILENCE_S", 0.6)
+        monkeypatch.setattr("lightning_flashrl.streaming.server._SILENCE_S", 0.6)
         program = (
             "import sys; from lightning_flashrl.streaming import TransferQueueClient;"
             "client = TransferQueueClient(*sys.argv[1:3], transport=sys.argv[3]);"
