@@ -4,12 +4,14 @@
 
     flashrl experiment=grpo_sort weights.max_staleness=2 rollout.workers=1
     flashrl -m experiment=grpo_sort seed=0,1,2
-    flashrl status outputs/grpo_sort/2026-11-25_10-00-00
+    flashrl status
+    flashrl scale rollout=3   # while it runs
+    flashrl report
+    flashrl audit             # after a run with record=true
+    flashrl replay            # after a run with record=true
     flashrl report outputs/grpo_sort/2026-11-25_10-00-00
-    flashrl scale outputs/grpo_sort/2026-11-25_10-00-00 rollout=3   # while it runs
-    flashrl audit outputs/grpo_sort/2026-11-25_10-00-00      # after a run with record=true
-    flashrl replay outputs/grpo_sort/2026-11-25_10-00-00     # after a run with record=true
 
+Without a folder they take the newest run of those below ``outputs``.
 Objects are built here and nowhere else: the library never sees a config.
 """
 
@@ -22,7 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
+from lightning_flashrl.asyncrl.history import HISTORY
 from lightning_flashrl.errors import ConfigurationError, FlashRLError
 from lightning_flashrl.files import replacing
 
@@ -43,6 +46,8 @@ _OUTPUT_DIR = "FLASHRL_OUTPUT_DIR"
 """Where the run writes, for the ranks that it starts."""
 _RECORD, _REPLAY = "record", "replay"
 """Folders in that of a run: its steps' rows, and what came of training them again."""
+_ROOT_DIR = "outputs"
+"""Below it runs have their folders, as ``paths=default`` says."""
 _HERE = Path(__file__).resolve().parent.parent
 CONFIGS = _HERE / "_configs" if (_HERE / "_configs").is_dir() else _HERE.parent / "configs"
 """The recipes: beside the package in a checkout, inside it in an installed one."""
@@ -239,6 +244,7 @@ def _run(cfg: DictConfig) -> float | None:
     return summary.get("reward_last")
 
 
+# --------------------------------------------------------------------------- what is asked of a run
 def status(output_dir: Path, console: Console) -> int:
     """Show a run's processes. Returns the exit status."""
     from lightning_flashrl import clock
@@ -358,6 +364,38 @@ def replay(output_dir: Path, console: Console) -> int:
     return 1
 
 
+_COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
+    "status": (status, "processes.json"),
+    "report": (report, HISTORY),
+    "scale": (scale, "session.json"),
+    "audit": (audit, _RECORD),
+    "replay": (replay, _RECORD),
+}
+"""Commands, and what the folder of a run must have for each."""
+
+
+def _ask(command: str, words: list[str], console: Console) -> int:
+    """Do what is asked of a run, of the newest if no folder is given. Returns the exit status."""
+    function, name = _COMMANDS[command]
+    output_dir = None
+    if words and (command != "scale" or "=" not in words[0] or Path(words[0]).is_dir()):
+        output_dir = Path(words.pop(0))
+    if bool(words) != (command == "scale"):
+        told = "ROLE=NUMBER …" if command == "scale" else ""
+        print(f"usage: flashrl {command} [DIR] {told}".rstrip(), file=sys.stderr)
+        return 2
+    if output_dir is None:
+        found = sorted(Path(_ROOT_DIR).glob(f"*/*/{name}"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            told = f"no run below {Path(_ROOT_DIR).resolve()} has {name}; give its folder: flashrl {command} DIR"
+            console.print(told, style="red", soft_wrap=True)
+            return 1
+        output_dir = found[-1].parent
+        console.print(str(output_dir), highlight=False, soft_wrap=True)
+    return function(output_dir, *([words] if words else []), console)
+
+
+# --------------------------------------------------------------------------- the command line
 def _what_was_wrong(error: BaseException) -> str:
     """Return the package's own text if there is one below Hydra's, else Hydra's and what it was caused by."""
     own: BaseException | None = error
@@ -371,15 +409,8 @@ def _what_was_wrong(error: BaseException) -> str:
 
 def main() -> None:
     """Be ``flashrl``."""
-    commands = {"status": status, "report": report, "audit": audit, "replay": replay}
-    if len(sys.argv) > 1 and sys.argv[1] == "scale":
-        if len(sys.argv) < 4:
-            sys.exit("usage: flashrl scale DIR ROLE=NUMBER …")
-        sys.exit(scale(Path(sys.argv[2]), sys.argv[3:], Console()))
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
-        if len(sys.argv) != 3:
-            sys.exit(f"usage: flashrl {sys.argv[1]} DIR")
-        sys.exit(commands[sys.argv[1]](Path(sys.argv[2]), Console()))
+    if len(sys.argv) > 1 and sys.argv[1] in _COMMANDS:
+        sys.exit(_ask(sys.argv[1], sys.argv[2:], Console()))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         _run()

@@ -124,12 +124,11 @@ def test_a_recorded_run_under_chaos_is_trained_again_bit_for_bit(tmp_path: Path)
     assert _flashrl("replay", str(tmp_path), cwd=tmp_path, check=False).returncode == 1
 
 
-def test_processes_are_listed_while_a_run_goes_on(tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_newest_run_is_asked_if_no_folder_is_given(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [
             *(sys.executable, "-m", "lightning_flashrl.cli.flashrl", "experiment=grpo_sort", "warm_start.steps=0"),
-            *("trainer.max_steps=100000", f"paths.output_dir={out}", "rollout.workers=2"),
+            *("trainer.max_steps=100000", "rollout.workers=2"),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -141,9 +140,19 @@ def test_processes_are_listed_while_a_run_goes_on(tmp_path: Path) -> None:
         while shown.count("serving") < 2:
             time.sleep(0.3)
             assert run.poll() is None
-            shown = _flashrl("status", str(out), cwd=tmp_path, check=False).stdout
+            shown = _flashrl("status", cwd=tmp_path, check=False).stdout
         assert shown.count("rollout") == 2
         assert str(run.pid) in shown
+        (folder,) = tmp_path.glob("outputs/*/*")
+        assert str(folder.relative_to(tmp_path)) in shown
+        assert "3 rollout worker(s)" in _flashrl("scale", "rollout=3", cwd=tmp_path).stdout
+        while shown.count("rollout") < 3:
+            time.sleep(0.3)
+            shown = _flashrl("status", str(folder), cwd=tmp_path).stdout
+        assert "report.html" in _flashrl("report", cwd=tmp_path).stdout
+        none = _flashrl("audit", cwd=tmp_path, check=False)
+        assert none.returncode == 1
+        assert "has record; give its folder: flashrl audit DIR" in none.stdout
     finally:
         run.terminate()
         run.wait()
@@ -152,6 +161,8 @@ def test_processes_are_listed_while_a_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["scale"], "usage: flashrl scale [DIR] ROLE=NUMBER"),
+        (["status", "somewhere", "else"], "usage: flashrl status [DIR]"),
         (["weights.max_stalenes=1"], "weights.max_stalenes"),
         (["trainer.max_stps=1"], "trainer.max_stps"),
         (["task=sorting"], "task/sorting"),
