@@ -5,14 +5,16 @@ python benchmarks/chaos.py [--mtbf 60 30 10 5] [--seconds 240]
 The job of `make demo` with two trainer ranks under flash_ddp and one rollout worker. A random process (trainer ranks,
 rollout worker, the process of queue and plan, the one on standby for it, the supervisor) is killed every so many
 seconds on average. *goodput* is the time that the same number of steps takes without kills over the time with them: the
-mean of a run without kills before and one after each, for a machine's speed drifts. Each run is audited row by row from
-its files alone (`flashrl audit`).
+mean of a run without kills before and one after each, for a machine's speed drifts. *useful* is the time that its steps
+take at the run's own median over the time that it took. Each run is audited row by row from its files alone (`flashrl
+audit`).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import re
@@ -55,8 +57,10 @@ def run(folder: Path, mtbf_s: float | None, steps: int, seed: int) -> dict[str, 
     found = audit(folder, 1)
     kills = read_kills(folder)
     summary = json.loads((folder / "summary.json").read_text())
+    ends_s = [step["at_s"] for step in steps_done[_WARM_UP:]]
     return {
-        "step_s": (steps_done[-1]["at_s"] - steps_done[_WARM_UP]["at_s"]) / (len(steps_done) - 1 - _WARM_UP),
+        "step_s": (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1),
+        "median_step_s": statistics.median(after - before for before, after in itertools.pairwise(ends_s)),
         "wall_s": steps_done[-1]["at_s"] - steps_done[0]["at_s"],
         "steps": found.num_steps,
         "rows": found.num_rows,
@@ -90,11 +94,20 @@ def main() -> None:
             calm.append(run(Path(folder) / f"calm-{mtbf_s:g}", None, _CALM_STEPS, 1))
             one["goodput"] = statistics.fmean(beside["step_s"] for beside in calm[-2:]) / one["step_s"]
             found[f"{mtbf_s:g}"] = one
+            one["useful"] = one["median_step_s"] / one["step_s"]
             print(f"{mtbf_s:g} s: {one}", flush=True)
     contention = watch.end()
     calm_s = [one["step_s"] for one in calm]
     table = Table(
-        *("a kill every, s", "kills", "goodput", "faults found", "reward", *(f"{role}: kills, ms" for role in _ROLES)),
+        *(
+            "a kill every, s",
+            "kills",
+            "goodput",
+            "useful",
+            "faults",
+            "reward",
+            *(f"{role}: kills, ms" for role in _ROLES),
+        ),
         title=f"{num_steps} steps of {min(calm_s):.3f} to {max(calm_s):.3f} s without kills, two ranks, a worker; "
         "ms until a successor works: median, longest",
     )
@@ -103,6 +116,7 @@ def main() -> None:
             name,
             str(sum(one["kills"].values())),
             f"{one['goodput']:.1%}",
+            f"{one['useful']:.1%}",
             str(len(one["faults"]) + sum(one["books"].values())),
             f"{one['reward_last']:.2f}",
             *(_told(one["kills"].get(role, 0), one["recovery_ms"].get(role, [])) for role in _ROLES),

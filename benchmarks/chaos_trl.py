@@ -1,11 +1,11 @@
 """The same kills for TRL, which starts again from its newest checkpoint: how much of the time is still useful?
 
-python benchmarks/chaos_trl.py [--mtbf 60 30] [--seconds 120] [--save-every 1]
+python benchmarks/chaos_trl.py [--mtbf 30 10] [--seconds 90] [--save-every 1]
 
 The job of benchmarks/grpo.py ("short"), with a checkpoint every so many steps. Its process is killed every so many
-seconds on average and started again at once. *goodput* is the time that the steps take without kills, and without
-checkpoints, over the time with them: the mean of a run without before and one after each, for a machine's speed drifts.
-Beside it stands the run of benchmarks/chaos.py with as many kills a minute.
+seconds on average and started again at once. *useful* is the time that its steps take at the run's own median over the
+time that it took: a machine's speed may drift between two runs. Beside it stands the run of benchmarks/chaos.py with as
+many kills a minute.
 """
 
 from __future__ import annotations
@@ -54,26 +54,20 @@ def run_trl(folder: Path, mtbf_s: float | None, steps: int, save_every: int) -> 
         if status > 0:
             raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()[-3000:]}")
     told = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    begin = next(one for one in told if one["step"] == _WARM_UP)
+    ends_s = {one["step"]: one["at_s"] for one in reversed(told)}  # when it was first done
+    taken_s = [ends_s[step] - ends_s[step - 1] for step in range(_WARM_UP + 1, steps + 1)]
     return {
-        "step_s": (told[-1]["at_s"] - begin["at_s"]) / (steps - _WARM_UP),
+        "step_s": statistics.fmean(taken_s),
+        "median_step_s": statistics.median(taken_s),
         "kills": num_kills,
         "steps_lost": len(told) - steps,
     }
 
 
-def _calm_trl(folder: Path, name: str) -> dict[str, Any]:
-    return run_trl(folder / f"trl-calm-{name}", None, 60, 10**6)
-
-
-def _calm_flash(folder: Path, name: str) -> dict[str, Any]:
-    return run_flash(folder / f"flash-calm-{name}", None, 150, 0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mtbf", nargs="+", type=float, default=[60.0, 30.0])
-    parser.add_argument("--seconds", type=float, default=120.0, help="that the steps of a run take without kills")
+    parser.add_argument("--mtbf", nargs="+", type=float, default=[30.0, 10.0])
+    parser.add_argument("--seconds", type=float, default=90.0, help="that the steps of a run take without kills")
     parser.add_argument("--save-every", type=int, default=1, help="steps between TRL's checkpoints")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
@@ -81,25 +75,28 @@ def main() -> None:
     if problem is not None:
         raise SystemExit(f"TRL {problem}")
     watch = Watch.begin()
-    table = Table("a kill every, s", "system", "kills", "goodput", "steps done again")
+    table = Table(
+        "a kill every, s", "system", "kills", "useful", "median step beside that without kills", "steps done again"
+    )
     found: dict[str, dict[str, Any]] = {"TRL": {}, "flash": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calm = {"TRL": [_calm_trl(folder, "")], "flash": [_calm_flash(folder, "")]}
-        num_steps = {system: round(arguments.seconds / runs[0]["step_s"]) for system, runs in calm.items()}
+        calm = {
+            "TRL": run_trl(folder / "trl-calm", None, 60, 10**6),
+            "flash": run_flash(folder / "flash-calm", None, 150, 0),
+        }
+        num_steps = {system: round(arguments.seconds / one["step_s"]) for system, one in calm.items()}
         for mtbf_s in arguments.mtbf:
             key = f"{mtbf_s:g}"
             found["TRL"][key] = run_trl(folder / f"trl-{key}", mtbf_s, num_steps["TRL"], arguments.save_every)
-            calm["TRL"].append(_calm_trl(folder, key))
-            calm["flash"].append(_calm_flash(folder, f"before-{key}"))
             found["flash"][key] = run_flash(folder / f"flash-{key}", mtbf_s, num_steps["flash"], 1)
-            calm["flash"].append(_calm_flash(folder, key))
             for system, runs in found.items():
                 one = runs[key]
                 kills = one["kills"] if isinstance(one["kills"], int) else sum(one["kills"].values())
                 lost = one["steps_lost"] if "steps_lost" in one else one["books"]["steps_lost"]
-                one["goodput"] = statistics.fmean(beside["step_s"] for beside in calm[system][-2:]) / one["step_s"]
-                table.add_row(key, system, str(kills), f"{one['goodput']:.0%}", str(lost))
+                one["useful"] = one["median_step_s"] / one["step_s"]
+                checkpoints = one["median_step_s"] / calm[system]["median_step_s"] - 1
+                table.add_row(key, system, str(kills), f"{one['useful']:.0%}", f"{checkpoints:+.0%}", str(lost))
     Console(width=120).print(table)
     contention = watch.end()
     print(f"contention: {contention}")

@@ -19,7 +19,9 @@ COMMANDS = {
     "queues": ["queues.py"],
     "workflows": ["workflows.py"],
     "grpo": ["grpo.py"],
+    "queue_faults": ["queue_faults.py"],
     "chaos": ["chaos.py"],
+    "chaos_trl": ["chaos_trl.py"],
 }
 """``peers`` makes the environments that the others need, once."""
 
