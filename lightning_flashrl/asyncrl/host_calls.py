@@ -114,6 +114,7 @@ class RemoteHost:
     Args:
         address: of the host.
         on_lost: starts the next host when this one is gone; ``None`` waits for who does.
+        connect_timeout_s: how long to look for it at first: it may have died, and the next one may be about to come.
 
     Attributes:
         address: of the host.
@@ -124,11 +125,20 @@ class RemoteHost:
         QueueUnavailableError: there is none.
     """
 
-    def __init__(self, address: HostAddress, on_lost: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, address: HostAddress, on_lost: Callable[[], None] | None = None, *, connect_timeout_s: float = 0.0
+    ) -> None:
         self.address = address
-        self.queue = TransferQueueClient(address.endpoint, address.secret, on_lost=on_lost)
-        self.surroundings = self._ask(AskSurroundings(), Surroundings)
+        self.queue = TransferQueueClient(
+            address.endpoint, address.secret, on_lost=on_lost, connect_timeout_s=connect_timeout_s
+        )
+        self.ask_surroundings()
         self._last: HostView | None = None
+
+    def ask_surroundings(self) -> Surroundings:
+        """Ask again: the next host has other weights."""
+        self.surroundings = self._ask(AskSurroundings(), Surroundings)
+        return self.surroundings
 
     def _ask(self, call: _Call, expected: type[_AnswerT]) -> _AnswerT:
         return msgspec.msgpack.decode(self.queue.call(_encode(call)), type=expected)

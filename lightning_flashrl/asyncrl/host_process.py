@@ -50,6 +50,7 @@ _LOOK_S = 0.2
 _KILL_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 5.0
+_NUM_ATTEMPTS = 3
 _POLL_S = 0.01
 _STANDBY_LOOK_S = 0.5
 _HERE, _READY = b"here", b"ready"
@@ -144,6 +145,10 @@ class HostHome:
             self._address = HostAddress(f"tcp://127.0.0.1:{free_port()}", token, journal)
             self._client.store_set(self._key, msgspec.json.encode(self._address))
         self._start(made)
+        for _ in range(_NUM_ATTEMPTS):
+            with contextlib.suppress(QueueUnavailableError):  # it has been killed as soon as it was there
+                return RemoteHost(self._address, self._revive)
+            self._revive()
         return RemoteHost(self._address, self._revive)
 
     def _revive(self) -> None:

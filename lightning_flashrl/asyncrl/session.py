@@ -47,6 +47,8 @@ _MANY_UNINFORMATIVE, _MAX_UNINFORMATIVE = 4, 64
 """So many steps' worth of rows without anything to learn from are warned of, and given up."""
 _LOOK_S = 0.2
 """How often a rank that waits for rows looks whether everybody is well."""
+_CONNECT_TIMEOUT_S = 60.0
+"""So long a rank that is made looks for the host: that may have died, and be followed by another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,10 +345,10 @@ class RankSession(Session):
         record: StepRecord | None = None,
         home: HostHome | None = None,
     ) -> None:
-        host = RemoteHost(address)
+        host = RemoteHost(address, connect_timeout_s=0.0 if home is None else _CONNECT_TIMEOUT_S)
         self._client = host.queue
         if home is not None:
-            home.keep_weights(host.surroundings.weights)
+            _keep_weights(host, home)
         super().__init__(self._client, steps, replica_rank, stages, record)
 
     def check(self) -> None:
@@ -587,6 +589,23 @@ class LeadSession(Session):
     def close(self) -> None:
         """End workers, server and queue."""
         self._resources.close()
+
+
+def _keep_weights(host: RemoteHost, home: HostHome) -> None:
+    """Keep a host's weights in this process, whoever is the host by now.
+
+    Raises:
+        ConfigurationError: they cannot be mapped from here.
+    """
+    while True:
+        known = host.surroundings
+        try:
+            home.keep_weights(known.weights)
+        except ConfigurationError:  # it was killed when it had just answered
+            if host.ask_surroundings() == known:
+                raise
+        else:
+            return
 
 
 def _kept(weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress] | None:

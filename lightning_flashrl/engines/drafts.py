@@ -36,7 +36,7 @@ class Draftable(Protocol):
         """Requests that have begun and are not finished; only to be looked at."""
 
 
-class DraftsAddress(msgspec.Struct, frozen=True):
+class DraftsAddress(msgspec.Struct, frozen=True, tag=True):
     """Where a worker's drafts are.
 
     Attributes:

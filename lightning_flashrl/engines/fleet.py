@@ -288,6 +288,7 @@ class WorkerFleet:
             process = self._processes.get(peer_pid(sock))
             if process is not None and process.sock is None:
                 process.join(sock)
+                process.send(self._surroundings)  # for one that has not begun yet: the weights are elsewhere now
                 self._listen_to(process)
                 return
         with contextlib.suppress(OSError):

@@ -41,7 +41,7 @@ from lightning_flashrl.errors import ConfigurationError, QueueUnavailableError
 from lightning_flashrl.messaging.local import connect_locally
 from lightning_flashrl.streaming import QueueVerbs, TransferQueueClient
 from lightning_flashrl.tasks import RewardFn
-from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress
+from lightning_flashrl.weights import Swap, WeightReceiver, WeightsAddress, keep
 
 Begin = Callable[..., None]
 """Takes any number of :class:`~lightning_flashrl.engines.worker.WorkerStatistics`, and drafts if there are any."""
@@ -54,6 +54,8 @@ END_TIMEOUT_S = 5.0
 _REPORT_S = 0.25
 _RECONNECT_TIMEOUT_S = 60.0
 _REJOIN_LOOK_S = 0.05
+_SETTLE_TIMEOUT_S = 60.0
+"""So long a worker waits for the next fleet to say where the weights are, when nobody keeps them any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ class Job(abc.ABC):
         """
 
 
-class Surroundings(msgspec.Struct, frozen=True):
+class Surroundings(msgspec.Struct, frozen=True, tag=True):
     """What a run's workers find.
 
     Attributes:
@@ -191,6 +193,8 @@ class _FleetLink:
         self._lock = threading.Lock()  # for the socket: nobody writes while another one takes its place
         self._drafts: Drafts | None = None
         self._left: list[DraftsAddress] = []
+        self._place: Surroundings | None = None
+        self._is_told = threading.Condition(self._lock)
 
     def tell(self, **told: Any) -> None:
         """Tell the fleet something; it is lost when that is gone."""
@@ -213,14 +217,41 @@ class _FleetLink:
             with contextlib.suppress(OSError):
                 socket.send_fds(self._socket, [line.encode() + b"\n"], [address.fd])
 
-    def _learn(self, line: str) -> None:
-        address = msgspec.json.decode(line, type=DraftsAddress)
+    def learn(self, line: str) -> None:
+        """Take in what the fleet has told: where to serve, or what a worker has left that is gone."""
+        told = msgspec.json.decode(line, type=Surroundings | DraftsAddress)
         with self._lock:
+            if isinstance(told, Surroundings):
+                self._place = told
+                self._is_told.notify_all()
+                return
             drafts = self._drafts
             if drafts is None:  # it has not begun yet
-                self._left.append(address)
+                self._left.append(told)
         if drafts is not None:
-            drafts.learn(address)
+            drafts.learn(told)
+
+    def settle(self) -> Surroundings:
+        """Return where to serve, with weights that this process itself keeps.
+
+        Raises:
+            ConfigurationError: they cannot be mapped from here.
+        """
+        while True:
+            place = self._place
+            assert place is not None  # whoever is told nothing does not begin
+            try:
+                kept = {name: keep(address) for name, address in place.weights.items()}
+                return msgspec.structs.replace(place, weights=kept)
+            except ConfigurationError as error:
+                is_gone = isinstance(error.__cause__, FileNotFoundError)
+                if not (is_gone and self._home and self._await_other(place)):
+                    raise
+
+    def _await_other(self, place: Surroundings) -> bool:
+        """The fleet's process was killed, and the weights with it: the next one says where they are."""
+        with self._is_told:
+            return self._is_told.wait_for(lambda: self._place != place, _SETTLE_TIMEOUT_S)
 
     def hear(self) -> str:
         """Wait for a line; empty when the fleet is gone."""
@@ -233,7 +264,7 @@ class _FleetLink:
         """Return when this worker should end, and whether somebody still waits for what it has."""
         while (line := self.hear()) != END:
             if line:
-                self._learn(line)
+                self.learn(line)
             elif not self._rejoin():
                 return False
         return True
@@ -303,7 +334,9 @@ def _serve(
     job: Job, prepared: Any, place: Surroundings, link: _FleetLink, reconnect_s: float, stop: threading.Event
 ) -> None:
     reporters: list[_Reporter] = []
-    with TransferQueueClient(place.endpoint, place.secret, reconnect_timeout_s=reconnect_s) as queue:
+    with TransferQueueClient(
+        place.endpoint, place.secret, reconnect_timeout_s=reconnect_s, connect_timeout_s=reconnect_s
+    ) as queue:
         try:
 
             def begin(*statistics: WorkerStatistics, drafts: Drafts | None = None) -> None:
@@ -337,9 +370,9 @@ def main() -> None:
         told = link.hear()  # comes later to a process on standby
         if told in ("", END):
             os._exit(0)
-        place = msgspec.json.decode(told, type=Surroundings)
+        link.learn(told)
         threading.Thread(target=_listen, args=(link, stop), daemon=True).start()
-        _serve(job, prepared, place, link, _RECONNECT_TIMEOUT_S if home else 0.0, stop)
+        _serve(job, prepared, link.settle(), link, _RECONNECT_TIMEOUT_S if home else 0.0, stop)
     except QueueUnavailableError:
         if not stop.is_set():
             link.tell(error=traceback.format_exc())

@@ -65,7 +65,10 @@ class TransferQueueClient(QueueVerbs):
         reconnect_timeout_s: how long to look for the next server of a queue that has a journal: what was asked is asked
             there again, and done once. Leases go on. 0 to be told at once that the server is gone, as clients of a
             queue without a journal are. It may be changed.
-        on_lost: is called before that, once for each server that is gone, in the thread that has noticed it.
+        connect_timeout_s: how long to look for a server at first, where one may be about to come; each try takes
+            ``answer_timeout_s``.
+        on_lost: is called before that when a server is gone, in the thread that has noticed it, and again whenever the
+            next one has not answered for ``answer_timeout_s``.
 
     Raises:
         QueueUnavailableError: nobody answers, or the secret is not the queue's.
@@ -80,6 +83,7 @@ class TransferQueueClient(QueueVerbs):
         transport: Transport = "auto",
         answer_timeout_s: float = _ANSWER_TIMEOUT_S,
         reconnect_timeout_s: float = _RECONNECT_TIMEOUT_S,
+        connect_timeout_s: float = 0.0,
         on_lost: Callable[[], None] | None = None,
     ) -> None:
         if transport not in ("auto", "shared_memory", "socket"):
@@ -99,13 +103,23 @@ class TransferQueueClient(QueueVerbs):
         self._local = threading.local()
         self._is_open = True
         self._reconnecting = threading.Lock()
+        deadline_s = clock.now_s() + connect_timeout_s
         try:
-            self._link = self._hello()
+            self._link = self._hello_until(deadline_s)
         except BaseException:
             self._context.destroy(linger=0)
             raise
         self.schema = self._link.schema
         self.lease_timeout_s = self._link.welcome.lease_timeout_s
+
+    def _hello_until(self, deadline_s: float) -> _Link:
+        """Say hello, again and again if need be, to a server that answers."""
+        while True:
+            try:
+                return self._hello()
+            except QueueUnavailableError:
+                if clock.now_s() > deadline_s:
+                    raise
 
     def _hello(self) -> _Link:
         """Say hello to the server that is there now."""
@@ -136,10 +150,10 @@ class TransferQueueClient(QueueVerbs):
             is_unit = error.endpoint != self.endpoint  # that comes again, whether there is a journal or not
             if not ((is_unit or lost.welcome.queue_id) and self.reconnect_timeout_s and self._is_open):
                 raise error
-            if self._on_lost is not None and not is_unit:
-                self._on_lost()
             deadline_s = clock.now_s() + self.reconnect_timeout_s
             while True:
+                if self._on_lost is not None and not is_unit:
+                    self._on_lost()
                 try:
                     found = self._hello()
                     # If it is the same server, it must have seen the new anchor before the old one goes.

@@ -71,7 +71,7 @@ from lightning_flashrl.supervisor.root_link import (
 SUPERVISOR_NAME = "flashrl-superv"
 """What the kernel calls a supervisor."""
 _LOOK_S = 0.25
-_MAX_TAKEOVERS, _WINDOW_S = 10, 60.0
+_MAX_TAKEOVERS, _WINDOW_S = 19, 60.0
 _RETRY_S = 1.0
 _GRACE_S = 3.0
 _KILL_WAIT_S = 5.0

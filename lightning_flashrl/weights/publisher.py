@@ -283,6 +283,9 @@ def keep(address: WeightsAddress) -> WeightsAddress:
     """
     try:
         fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC)
+        if os.pread(fd, MARK_BYTES, 0) != address.mark:
+            os.close(fd)
+            raise FileNotFoundError("another process has its number now")
     except OSError as error:
         raise ConfigurationError(f"the weights of process {address.pid} cannot be kept from here ({error})") from error
     return msgspec.structs.replace(address, pid=os.getpid(), fd=fd)

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+import torch
 
 from lightning_flashrl.streaming import Field, TransferQueue, TransferQueueServer
+from lightning_flashrl.weights import WeightPublisher, WeightsAddress
 
 PROGRAM = Path(__file__).parents[1] / "jobs" / "fleet.py"
 Record = dict[str, Any]
@@ -75,9 +78,16 @@ def start(tmp_path: Path) -> Iterator[Start]:
     name = secrets.token_hex(8)
     with TransferQueue({"x": Field(int)}, ["task"]) as queue, TransferQueueServer(queue) as server:
 
-        def begin(before: list[Record] = [], num_workers: int = 2, keeper_pid: int = os.getpid()) -> Fleet:  # noqa: B006
+        def begin(
+            before: list[Record] = [],  # noqa: B006
+            num_workers: int = 2,
+            keeper_pid: int = os.getpid(),
+            gate: str = "",
+            weights: WeightsAddress | None = None,
+        ) -> Fleet:
             arguments = {"endpoint": server.endpoint, "secret": server.secret, "name": name, "before": before}
-            arguments |= {"num_workers": num_workers, "keeper_pid": keeper_pid, "log_dir": str(tmp_path)}
+            arguments |= {"num_workers": num_workers, "keeper_pid": keeper_pid, "log_dir": str(tmp_path), "gate": gate}
+            arguments["weights"] = msgspec.to_builtins(weights)
             fleets.append(Fleet(arguments))
             return fleets[-1]
 
@@ -123,6 +133,20 @@ def test_workers_go_on_under_the_next_fleet(start: Start) -> None:
     assert last["num_replaced"] == 0
     assert [one["state"] for one in last["records"]] == ["ended", "ended"]
     assert not any(map(is_running, pids(before)))
+
+
+def test_a_worker_that_had_not_begun_finds_the_weights_with_the_next_fleet(start: Start, tmp_path: Path) -> None:
+    """The first one held them, and was killed when it had said so."""
+    with WeightPublisher({"w": torch.zeros(2)}) as publisher:
+        gate = tmp_path / "gate"
+        fleet = start(num_workers=1, gate=str(gate), weights=publisher.address)
+        before = fleet.view()["records"]
+        fleet.kill()
+        gate.touch()
+        time.sleep(0.5)
+        fleet = start(before, num_workers=1, weights=publisher.address)
+        assert pids(fleet.until_serving(1)) == pids(before)
+        assert fleet.end()["num_replaced"] == 0
 
 
 @pytest.mark.parametrize("is_stopped", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -191,6 +191,40 @@ def test_a_queue_that_hangs_is_followed_by_another_when_somebody_sees_to_that(ho
         assert queue.lease("square", count=2)["number"] == [1, 2]
 
 
+def test_one_that_dies_as_soon_as_it_is_there_is_followed_by_another(home: Home) -> None:
+    def follow() -> None:
+        lost.append(home.process.pid)
+        home.kill()
+        home.start()
+        if len(lost) < 3:
+            home.process.kill()
+
+    lost: list[int] = []
+    with home.client(answer_timeout_s=1.0, on_lost=follow) as queue:
+        queue.put(rows(1))
+        home.kill()
+        queue.put(rows(2))
+        assert len(lost) == 3
+        assert queue.lease("square", count=2)["number"] == [1, 2]
+
+
+def test_a_client_may_come_before_the_next_server(home: Home) -> None:
+    os.kill(home.process.pid, signal.SIGSTOP)  # it takes what is said, and never answers
+    with pytest.raises(QueueUnavailableError):
+        home.client(answer_timeout_s=0.5)
+
+    def follow() -> None:
+        time.sleep(1.5)
+        home.kill()
+        home.start()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    with home.client(answer_timeout_s=0.5, connect_timeout_s=30.0) as queue:
+        queue.put(rows(1))
+    thread.join()
+
+
 def test_without_a_journal_clients_are_told_at_once() -> None:
     home = Home(None)
     with home.client() as queue:

@@ -248,7 +248,7 @@ def test_nothing_survives_the_root(start, order: str) -> None:
 def test_a_supervisor_that_dies_again_and_again_ends_the_job(start) -> None:
     job = start("--nproc-per-node", 2, FLASH, "--steps", 100000, launcher=(PROGRAMS / "flashrun_that_breaks.py",))
     assert job.wait() == 1
-    assert re.search(r"the supervisor exited with status 1 .*, for the 11th time within 60 s; the job stops", job.err)
+    assert re.search(r"the supervisor exited with status 1 .*, for the 20th time within 60 s; the job stops", job.err)
     assert "RuntimeError: this supervisor breaks" in job.err
     assert job.leftovers() == []
 
