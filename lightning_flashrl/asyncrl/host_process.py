@@ -50,7 +50,7 @@ _LOOK_S = 0.2
 _KILL_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 5.0
-_NUM_ATTEMPTS = 3
+_NUM_ATTEMPTS = 5
 _POLL_S = 0.01
 _STANDBY_LOOK_S = 0.5
 _HERE, _READY = b"here", b"ready"
@@ -164,10 +164,10 @@ class HostHome:
 
     def _start(self, settings: HostSettings) -> None:
         assert self._address is not None
-        told = self._begin(settings)
-        if not told:  # the one on standby has died just now, or does not move
-            _end_hosts(self._address, but=0)
-            told = self._begin(settings)
+        for _ in range(_NUM_ATTEMPTS):
+            if told := self._begin(settings):
+                break
+            _end_hosts(self._address, but=0)  # it has died just now, or does not move
         if told != _READY:
             why = told.decode() or "it died; its output says why"
             raise ConfigurationError(f"the process of the queue did not come up: {why}")
