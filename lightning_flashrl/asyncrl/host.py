@@ -269,7 +269,7 @@ class StreamHost:
                 self.plan.keep = self._keep
                 with self.queue.control.lock, self.plan.changed:
                     self._keep()
-            self.server = stack.enter_context(TransferQueueServer(self.queue, port))
+            self.server = stack.enter_context(TransferQueueServer(self.queue, port, starts=False))
             weights = settings.weights
             if keeps_weights:
                 weights = {name: keep(address) for name, address in weights.items()}

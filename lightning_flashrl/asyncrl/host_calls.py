@@ -220,6 +220,7 @@ class HostService:
         self.last: list[HostView] = []
         self._host = host
         host.server.answer_call = self.answer
+        host.server.start()  # not before: a call would find nobody
 
     def answer(self, payload: bytes) -> bytes:
         """Answer a call."""

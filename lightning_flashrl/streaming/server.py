@@ -52,6 +52,7 @@ class TransferQueueServer:
         queue: the queue; this process may go on using it.
         port: TCP port on the queue's ``host``; 0 for any that is free.
         session_timeout_s: after this time without a word from a client, what it had begun to write is given up.
+        starts: whether it answers at once; else whoever asks waits for :meth:`start`.
 
     Attributes:
         endpoint: where clients connect.
@@ -71,7 +72,14 @@ class TransferQueueServer:
     [2, 3]
     """
 
-    def __init__(self, queue: TransferQueue, port: int = 0, *, session_timeout_s: float = _SESSION_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        queue: TransferQueue,
+        port: int = 0,
+        *,
+        session_timeout_s: float = _SESSION_TIMEOUT_S,
+        starts: bool = True,
+    ) -> None:
         self.queue = queue
         self.secret = queue.secret
         self.answer_call: Callable[[bytes], bytes] | None = None
@@ -116,7 +124,13 @@ class TransferQueueServer:
         self._loop.add_reader(self._wake_fd, self._on_wake)
         self._loop.call_every(min(session_timeout_s / 4, _SILENCE_S / 4), self._forget_silent_owners)
         self._thread = threading.Thread(target=self._serve, name="flashrl-queue", daemon=True)
-        self._thread.start()
+        if starts:
+            self.start()
+
+    def start(self) -> None:
+        """Answer from now on."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     @property
     def num_refused(self) -> int:
@@ -127,6 +141,7 @@ class TransferQueueServer:
         """Stop serving. The queue goes on."""
         if not self._is_closed:
             self._is_over = self._is_closed = True
+            self.start()  # it closes what is its own
             self._wake()
             self._thread.join()
             for unit in self._units:

@@ -38,6 +38,18 @@ from lightning_flashrl.streaming.client import Transport
 FIELDS = {"x": Field(torch.int64, (None,))}
 
 
+def test_it_answers_when_it_is_told_to() -> None:
+    with TransferQueue(FIELDS, ["t"]) as queue:
+        with TransferQueueServer(queue, starts=False) as server:
+            with pytest.raises(QueueUnavailableError):
+                TransferQueueClient(server.endpoint, server.secret, answer_timeout_s=0.3)
+            server.answer_call = bytes.upper
+            server.start()
+            with TransferQueueClient(server.endpoint, server.secret) as client:
+                assert client.call(b"x") == b"X"
+        TransferQueueServer(queue, starts=False).close()
+
+
 def _address(endpoint: str) -> tuple[str, int]:
     host, port = endpoint.removeprefix("tcp://").split(":")
     return host, int(port)
