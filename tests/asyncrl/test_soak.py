@@ -23,7 +23,7 @@ import pytest
 from lightning_flashrl.asyncrl.audit import audit
 from lightning_flashrl.asyncrl.history import read_kills
 
-STEPS = 300
+STEPS = 200
 MTBF_S = (5, 10, 5, 30, 5, 10, 5, 60)
 STALENESS = (1, 0, 4, 1)
 HANG_SHARE = (0, 0.2, 0.2)
