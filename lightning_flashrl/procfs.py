@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def read_stat(path: str) -> list[str]:
     """Return the fields of a ``stat`` file behind the name; empty when there is no such process or thread."""
@@ -10,6 +12,15 @@ def read_stat(path: str) -> list[str]:
             return file.read().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def read_command_line(pid: int) -> list[str]:
+    """Return what a process was started with; empty for a zombie.
+
+    Raises:
+        OSError: there is no such process, or it is another user's.
+    """
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
 
 
 def process_state(pid: int) -> str | None:

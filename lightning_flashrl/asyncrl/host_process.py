@@ -38,6 +38,7 @@ from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost
 from lightning_flashrl.asyncrl.processes import STANDBY_NAME
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
 from lightning_flashrl.messaging.local import connect_locally, listen_locally, peer_pid
+from lightning_flashrl.procfs import read_command_line
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.process import die_with_parent, name_process
 from lightning_flashrl.supervisor.service import free_port
@@ -144,12 +145,8 @@ class HostHome:
             journal = str(folder / f"queue-{token[:8]}.journal")
             self._address = HostAddress(f"tcp://127.0.0.1:{free_port()}", token, journal)
             self._client.store_set(self._key, msgspec.json.encode(self._address))
-        self._start(made)
-        for _ in range(_NUM_ATTEMPTS):
-            with contextlib.suppress(QueueUnavailableError):  # it has been killed as soon as it was there
-                return RemoteHost(self._address, self._revive)
-            self._revive()
-        return RemoteHost(self._address, self._revive)
+        self._start(made)  # and again, should it be killed as soon as it is there
+        return RemoteHost(self._address, self._revive, connect_timeout_s=_START_TIMEOUT_S)
 
     def _revive(self) -> None:
         """Start the next host: this one is gone, or says nothing any more.
@@ -240,8 +237,7 @@ def _processes(address: HostAddress) -> Iterator[tuple[int, str]]:
 
 def _look_at(pid: int, address: HostAddress) -> str | None:
     """What a process is called, if it is a host of an address; else ``None``."""
-    mine = {_MODULE.encode(), address.journal.encode()}
-    if mine.issubset(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")):
+    if {_MODULE, address.journal}.issubset(read_command_line(pid)):
         return Path(f"/proc/{pid}/comm").read_text().rstrip()
     return None
 

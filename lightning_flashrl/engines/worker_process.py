@@ -17,7 +17,7 @@ from lightning_flashrl import clock
 from lightning_flashrl.engines.drafts import DraftsAddress
 from lightning_flashrl.engines.process import END, Job
 from lightning_flashrl.engines.worker import WorkerStatistics
-from lightning_flashrl.procfs import is_stopped
+from lightning_flashrl.procfs import is_stopped, read_command_line
 
 _MODULE = Job.__module__
 _HANG_TIMEOUT_S = 30.0
@@ -113,7 +113,7 @@ class WorkerProcess:
         except ProcessLookupError:
             return None
         with contextlib.suppress(OSError):  # it is not the process that has had its number since
-            if {_MODULE.encode(), home.encode()}.issubset(_command_line(record.pid)):
+            if {_MODULE, home}.issubset(read_command_line(record.pid)):
                 return cls(record, pidfd)
         os.close(pidfd)
         return None
@@ -197,7 +197,3 @@ class WorkerProcess:
         os.close(self.pidfd)
         if self.sock is not None:
             self.sock.close()
-
-
-def _command_line(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")

@@ -67,8 +67,8 @@ class TransferQueueClient(QueueVerbs):
             queue without a journal are. It may be changed.
         connect_timeout_s: how long to look for a server at first, where one may be about to come; each try takes
             ``answer_timeout_s``.
-        on_lost: is called before that when a server is gone, in the thread that has noticed it, and again whenever the
-            next one has not answered for ``answer_timeout_s``.
+        on_lost: is called when a server is gone, before the next one is looked for, in the thread that has noticed it,
+            and again whenever that has not answered for ``answer_timeout_s``; also where there was none at first.
 
     Raises:
         QueueUnavailableError: nobody answers, or the secret is not the queue's.
@@ -120,6 +120,8 @@ class TransferQueueClient(QueueVerbs):
             except QueueUnavailableError:
                 if clock.now_s() > deadline_s:
                     raise
+            if self._on_lost is not None:
+                self._on_lost()
 
     def _hello(self) -> _Link:
         """Say hello to the server that is there now."""

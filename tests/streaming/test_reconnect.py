@@ -214,14 +214,17 @@ def test_a_client_may_come_before_the_next_server(home: Home) -> None:
         home.client(answer_timeout_s=0.5)
 
     def follow() -> None:
-        time.sleep(1.5)
         home.kill()
         home.start()
 
-    thread = threading.Thread(target=follow)
+    with home.client(answer_timeout_s=0.5, connect_timeout_s=30.0, on_lost=follow) as queue:
+        queue.put(rows(1))
+    os.kill(home.process.pid, signal.SIGSTOP)
+    thread = threading.Timer(1.5, follow)
     thread.start()
     with home.client(answer_timeout_s=0.5, connect_timeout_s=30.0) as queue:
-        queue.put(rows(1))
+        queue.put(rows(2))
+        assert queue.lease("square", count=2)["number"] == [1, 2]
     thread.join()
 
 
