@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -103,15 +103,22 @@ class HostHome:
         host.close()
         return None
 
-    def keep_weights(self, weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress]:
-        """Keep the memory of the weights in this rank, for the case that host and rank 0 die together.
+    def keep_weights(self, host: RemoteHost) -> None:
+        """Keep the memory of the host's weights in this rank, for the case that host and rank 0 die together.
 
         Raises:
             ConfigurationError: it cannot be mapped from here.
         """
-        kept = {name: keep(address) for name, address in weights.items()}
+        while True:
+            known = host.surroundings
+            try:
+                kept = {name: keep(address) for name, address in known.weights.items()}
+            except ConfigurationError:  # it was killed when it had just answered; there is another one by now
+                if host.ask_surroundings() == known:
+                    raise
+            else:
+                break
         self._client.store_set(self._weights_key(self._client.global_rank), msgspec.json.encode(kept))
-        return kept
 
     def find_weights(self) -> dict[str, WeightsAddress] | None:
         """Return the weights that other ranks have kept, if this rank has a predecessor."""

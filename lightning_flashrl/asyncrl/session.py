@@ -348,7 +348,7 @@ class RankSession(Session):
         host = RemoteHost(address, connect_timeout_s=0.0 if home is None else _CONNECT_TIMEOUT_S)
         self._client = host.queue
         if home is not None:
-            _keep_weights(host, home)
+            home.keep_weights(host)
         super().__init__(self._client, steps, replica_rank, stages, record)
 
     def check(self) -> None:
@@ -589,23 +589,6 @@ class LeadSession(Session):
     def close(self) -> None:
         """End workers, server and queue."""
         self._resources.close()
-
-
-def _keep_weights(host: RemoteHost, home: HostHome) -> None:
-    """Keep a host's weights in this process, whoever is the host by now.
-
-    Raises:
-        ConfigurationError: they cannot be mapped from here.
-    """
-    while True:
-        known = host.surroundings
-        try:
-            home.keep_weights(known.weights)
-        except ConfigurationError:  # it was killed when it had just answered
-            if host.ask_surroundings() == known:
-                raise
-        else:
-            return
 
 
 def _kept(weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress] | None:
