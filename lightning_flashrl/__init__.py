@@ -5,10 +5,9 @@ Importing this package makes ``Trainer(strategy="flash_ddp")`` known, before or 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_flashrl import _registration
+from lightning_flashrl import _lazy, _registration
 
 if TYPE_CHECKING:
     from lightning_flashrl.asyncrl import AsyncRL, StreamingDataModule
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncRL": "lightning_flashrl.asyncrl",
-    "FaultSchedule": "lightning_flashrl.testing.faults",
-    "FlashDDPNotebookStrategy": "lightning_flashrl.strategies",
-    "FlashDDPStrategy": "lightning_flashrl.strategies",
-    "FlashRecovery": "lightning_flashrl.callbacks",
-    "Phase": "lightning_flashrl.types",
-    "StepTag": "lightning_flashrl.types",
-    "StreamingDataModule": "lightning_flashrl.asyncrl",
-    "pause_hang_detection": "lightning_flashrl.supervisor.pause",
+    "AsyncRL": "asyncrl",
+    "FaultSchedule": "testing.faults",
+    "FlashDDPNotebookStrategy": "strategies",
+    "FlashDDPStrategy": "strategies",
+    "FlashRecovery": "callbacks",
+    "Phase": "types",
+    "StepTag": "types",
+    "StreamingDataModule": "asyncrl",
+    "pause_hang_detection": "supervisor.pause",
 }
 
 __all__ = [
@@ -45,16 +44,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = _lazy.hooks(__name__, _HOMES)
 
 
 _registration.register_strategies()

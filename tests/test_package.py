@@ -69,13 +69,22 @@ def test_the_package_names_something() -> None:
 
 
 def test_deciders_and_supervisor_import_neither_torch_nor_lightning() -> None:
-    heavy = ["torch", "lightning", "pytorch_lightning", "numpy", "hydra", "wandb"]
+    assert not _imported(LIGHT_MODULES, ["torch", "lightning", "pytorch_lightning", "numpy", "hydra", "wandb"])
+
+
+@pytest.mark.parametrize("name", ["asyncrl.host_process", "engines.process", "engines.reward_task"])
+def test_what_is_started_anew_after_a_loss_imports_only_what_it_needs(name: str) -> None:
+    assert not _imported([f"lightning_flashrl.{name}"], ["transformers", "lightning", "pytorch_lightning", "hydra"])
+
+
+def _imported(names: list[str], heavy: list[str]) -> list[str]:
+    """Which of some modules are imported with others, in a new process."""
     script = "import importlib, sys\n"
-    script += "".join(f"importlib.import_module({name!r})\n" for name in LIGHT_MODULES)
+    script += "".join(f"importlib.import_module({name!r})\n" for name in names)
     script += f"print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ""
+    return done.stdout.split()
 
 
 def test_the_package_says_that_it_is_typed() -> None:
