@@ -1,13 +1,13 @@
 """Completions under way, in memory that outlives their worker: whoever gets their prompts next goes on with them.
 
-A worker writes down a few times a second what its engine has produced, into memory without a name of which its fleet
-holds a descriptor. When the worker is gone, the fleet tells the others where its drafts are.
+A worker writes down a few times a second what its engine has produced, into memory without a name. Its fleet holds a
+descriptor of that, also when the worker is gone, and says to each worker where those of the others are.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -36,7 +36,7 @@ class Draftable(Protocol):
         """Requests that have begun and are not finished; only to be looked at."""
 
 
-class DraftsAddress(msgspec.Struct, frozen=True, tag=True):
+class DraftsAddress(msgspec.Struct, frozen=True):
     """Where a worker's drafts are.
 
     Attributes:
@@ -59,6 +59,12 @@ class DraftsAddress(msgspec.Struct, frozen=True, tag=True):
         return _HEADER_BYTES + self.num_places * (16 + 20 * self.max_tokens)
 
 
+class Books(msgspec.Struct, frozen=True, tag=True):
+    """Where the drafts are of all workers there are, and of the last that are gone."""
+
+    addresses: list[DraftsAddress]
+
+
 class _Book:
     """The drafts of one worker, seen through the memory: a line for each completion."""
 
@@ -79,21 +85,24 @@ class _Book:
         self.versions = part(np.int64, longest)
         self.logprobs = part(np.float32, longest)
 
-    def read(self) -> Iterator[Completion]:
-        for line in np.flatnonzero(self.rows != _NOBODY).tolist():
+    def find(self, row: int) -> Completion | None:
+        """Return what there is of a row, if there is anything."""
+        for line in np.flatnonzero(self.rows == row).tolist():
             length = int(self.lengths[line])
-            if length:
-                yield Completion(
-                    int(self.rows[line]),
-                    torch.from_numpy(self.tokens[line, :length].copy()),
-                    torch.from_numpy(self.logprobs[line, :length].copy()),
-                    torch.from_numpy(self.versions[line, :length].copy()),
-                    Finish.INTERRUPTED,
-                )
+            draft = Completion(
+                row,
+                torch.from_numpy(self.tokens[line, :length].copy()),
+                torch.from_numpy(self.logprobs[line, :length].copy()),
+                torch.from_numpy(self.versions[line, :length].copy()),
+                Finish.INTERRUPTED,
+            )
+            if length and self.rows[line] == row:  # still: its worker may be there and have gone on to another row
+                return draft
+        return None
 
 
 class Drafts:
-    """What a worker leaves behind, and what others have left.
+    """What a worker has begun, and what others have.
 
     Args:
         sampling: of its engine.
@@ -115,8 +124,7 @@ class Drafts:
         self._lines: dict[int, int] = {}  # row → line
         self._free = list(range(num_places))
         self._kept_s = clock.now_s()
-        self._lock = threading.Lock()
-        self._left: list[dict[int, Completion]] = []  # by workers that are gone, by row
+        self._others: dict[bytes, _Book] = {}  # by their marks
 
     def keep(self, engine: Draftable) -> None:
         """Write down what an engine has produced, unless that was done just now."""
@@ -145,16 +153,21 @@ class Drafts:
             book.rows[line] = _NOBODY
             self._free.append(line)
 
-    def learn(self, address: DraftsAddress) -> None:
-        """Take in what a worker that is gone has left; nothing if that cannot be read any more."""
-        try:
-            memory = attach_memory(address.pid, address.fd, address.capacity_bytes, address.mark)
-        except OSError:
-            return
-        found = {draft.request_id: draft for draft in _Book(address, memory.array).read()}
-        memory.close()
-        with self._lock:
-            self._left = [*self._left, found][-MAX_BOOKS:]
+    def learn(self, addresses: Sequence[DraftsAddress]) -> None:
+        """Look into the drafts of these workers from now on, and of no others. It may be called by another thread.
+
+        What cannot be read any more is left out.
+        """
+        others: dict[bytes, _Book] = {}
+        for address in addresses:
+            book = self._others.get(address.mark)
+            if book is None and address.mark != self.address.mark:
+                with contextlib.suppress(OSError):
+                    memory = attach_memory(address.pid, address.fd, address.capacity_bytes, address.mark)
+                    book = _Book(address, memory.array)
+            if book is not None:
+                others[address.mark] = book
+        self._others = others
 
     def begun(self, prompt: Prompt, min_version: int, version: int) -> Prompt:
         """Return a prompt, with what somebody has begun of it if that may be gone on with.
@@ -164,14 +177,16 @@ class Drafts:
             min_version: no older policy may generate it.
             version: the policy version that goes on.
         """
-        with self._lock:
-            drafts = [found.pop(prompt.request_id) for found in self._left if prompt.request_id in found]
-        for draft in reversed(drafts):
-            oldest = int(draft.versions.min())
+        longest: Completion | None = None
+        for book in self._others.values():
+            draft = book.find(prompt.request_id)
+            if draft is None:
+                continue
+            oldest, num_tokens = int(draft.versions.min()), len(draft.tokens)
             is_one = oldest == int(draft.versions.max()) == version
-            if len(draft.tokens) < self._longest and oldest >= min_version and (self._may_mix or is_one):
-                return Prompt(prompt.request_id, prompt.tokens, prompt.seed, draft)
-        return prompt
+            if num_tokens < self._longest and oldest >= min_version and (self._may_mix or is_one):
+                longest = draft if longest is None or num_tokens > len(longest.tokens) else longest
+        return prompt if longest is None else Prompt(prompt.request_id, prompt.tokens, prompt.seed, longest)
 
     def close(self) -> None:
         """Let go of the memory; the fleet still has it."""

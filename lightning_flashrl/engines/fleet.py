@@ -27,7 +27,7 @@ from typing import Self
 import msgspec
 
 from lightning_flashrl import clock
-from lightning_flashrl.engines.drafts import MAX_BOOKS, DraftsAddress
+from lightning_flashrl.engines.drafts import MAX_BOOKS, Books, DraftsAddress
 from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundings, pack
 from lightning_flashrl.engines.worker import WorkerStatistics, total
 from lightning_flashrl.engines.worker_process import WorkerProcess, WorkerRecord
@@ -93,10 +93,6 @@ class Succession:
     name: str
     keeper_pid: int
     before: Sequence[WorkerRecord] = ()
-
-
-def _line(drafts: DraftsAddress) -> bytes:
-    return msgspec.json.encode(drafts) + b"\n"
 
 
 class WorkerFleet:
@@ -245,7 +241,7 @@ class WorkerFleet:
         else:
             process = self._spawn(rank, str(rank))
         process.record.rank, process.record.state = rank, "starting"
-        process.send(self._surroundings + b"".join(map(_line, self._left)))
+        process.send(self._surroundings + self._books())
 
     def _spawn(self, rank: int, name: str) -> WorkerProcess:
         path = None if self._log_dir is None else self._log_dir / f"{self.role}-{name}.log"
@@ -274,11 +270,23 @@ class WorkerFleet:
                     continue  # its end came just before
                 elif key.fd == process.pidfd:
                     self._ended(process)
-                elif not process.read():
-                    self._selector.unregister(key.fd)
-                elif process.record.state == "serving" and process.record.rank in self._lost_s:
-                    self.recovery_ms.append(1e3 * (clock.now_s() - self._lost_s.pop(process.record.rank)))
+                else:
+                    self._hear(process)
             self._look()
+
+    def _hear(self, process: WorkerProcess) -> None:
+        had_drafts = process.drafts is not None
+        if not process.read():
+            assert process.sock is not None
+            self._selector.unregister(process.sock)
+        elif process.record.state == "serving" and process.record.rank in self._lost_s:
+            self.recovery_ms.append(1e3 * (clock.now_s() - self._lost_s.pop(process.record.rank)))
+        if process.drafts is not None and not had_drafts:
+            with self._lock:
+                books = self._books()
+                for other in self._processes.values():
+                    if other.drafts is not None and not other.is_leaving:
+                        other.send(books)
 
     def _let_in(self) -> None:
         """A worker of an earlier fleet has found this one."""
@@ -319,7 +327,9 @@ class WorkerFleet:
             del self._processes[process.record.pid]
             self._past.append(process.record)
             if process.drafts is not None:
-                self._pass_on(process.drafts)
+                self._left.append(process.drafts)
+                if len(self._left) > MAX_BOOKS:
+                    os.close(self._left.popleft().fd)
             if process in self._standby:
                 self._standby.remove(process)
                 self._num_standby_deaths += 1
@@ -345,14 +355,9 @@ class WorkerFleet:
             self._lose(rank)
             self._start(rank)
 
-    def _pass_on(self, drafts: DraftsAddress) -> None:
-        """Tell workers where the drafts are of one that is gone."""
-        self._left.append(drafts)
-        if len(self._left) > MAX_BOOKS:
-            os.close(self._left.popleft().fd)
-        for process in self._processes.values():
-            if process.record.state in ("starting", "serving") and not process.is_leaving:
-                process.send(_line(drafts))
+    def _books(self) -> bytes:
+        there = [process.drafts for process in self._processes.values() if process.drafts is not None]
+        return msgspec.json.encode(Books([*self._left, *there])) + b"\n"
 
     def _lose(self, rank: int) -> None:
         self.num_replaced += 1

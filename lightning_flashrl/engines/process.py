@@ -35,7 +35,7 @@ import msgspec
 
 from lightning_flashrl import clock
 from lightning_flashrl.engines.base import RolloutEngine
-from lightning_flashrl.engines.drafts import Draftable, Drafts, DraftsAddress
+from lightning_flashrl.engines.drafts import Books, Draftable, Drafts
 from lightning_flashrl.engines.worker import RolloutWorker, WorkerStatistics, total
 from lightning_flashrl.errors import ConfigurationError, QueueUnavailableError
 from lightning_flashrl.messaging.local import connect_locally
@@ -192,7 +192,7 @@ class _FleetLink:
         self._keeper_pid = keeper_pid
         self._lock = threading.Lock()  # for the socket: nobody writes while another one takes its place
         self._drafts: Drafts | None = None
-        self._left: list[DraftsAddress] = []
+        self._books = Books([])
         self._place: Surroundings | None = None
         self._is_told = threading.Condition(self._lock)
 
@@ -202,13 +202,11 @@ class _FleetLink:
             self._socket.sendall(json.dumps(told).encode() + b"\n")
 
     def share(self, drafts: Drafts) -> None:
-        """Let the fleet hold a worker's drafts, and the worker have what others have left."""
+        """Let the fleet hold a worker's drafts, and the worker look into those of others."""
         with self._lock:
             self._drafts = drafts
-            left, self._left = self._left, []
             self._send_drafts()
-        for address in left:
-            drafts.learn(address)
+            drafts.learn(self._books.addresses)
 
     def _send_drafts(self) -> None:
         if self._drafts is not None:
@@ -218,18 +216,16 @@ class _FleetLink:
                 socket.send_fds(self._socket, [line.encode() + b"\n"], [address.fd])
 
     def learn(self, line: str) -> None:
-        """Take in what the fleet has told: where to serve, or what a worker has left that is gone."""
-        told = msgspec.json.decode(line, type=Surroundings | DraftsAddress)
+        """Take in what the fleet has told: where to serve, or where the drafts of workers are."""
+        told = msgspec.json.decode(line, type=Surroundings | Books)
         with self._lock:
             if isinstance(told, Surroundings):
                 self._place = told
                 self._is_told.notify_all()
                 return
-            drafts = self._drafts
-            if drafts is None:  # it has not begun yet
-                self._left.append(told)
-        if drafts is not None:
-            drafts.learn(told)
+            self._books = told
+            if self._drafts is not None:  # else it has not begun yet
+                self._drafts.learn(told.addresses)
 
     def settle(self) -> Surroundings:
         """Return where to serve, with weights that this process itself keeps.

@@ -61,7 +61,7 @@ def _left_by(engine: Any, num_steps: int, **options: Any) -> Drafts:
         engine.step()
         drafts.keep(engine)
     following = Drafts(SAMPLING, 3, may_mix=drafts._may_mix)
-    following.learn(_address(drafts))
+    following.learn([_address(drafts), _address(following)])
     drafts.close()
     return following
 
@@ -89,8 +89,28 @@ def test_a_completion_that_is_gone_on_with_is_the_one_that_was_never_interrupted
         assert torch.equal(resumed[number].tokens, whole[number].tokens)
         assert torch.equal(resumed[number].versions, whole[number].versions)
         torch.testing.assert_close(resumed[number].logprobs, whole[number].logprobs)
-    assert following.begun(PROMPTS[0], 0, 0).begun is None  # only once
+    following.learn([])
+    assert following.begun(PROMPTS[0], 0, 0).begun is None
     following.close()
+
+
+def test_the_longest_of_several_drafts_is_gone_on_with() -> None:
+    """One worker has gone on with what another had begun; both are gone."""
+    books = []
+    following = Drafts(SAMPLING, 3, may_mix=False)
+    for num_steps in (5, 9, 7):
+        engine = _simulated()
+        books.append(Drafts(SAMPLING, 3, may_mix=False))
+        engine.submit(PROMPTS[:1])
+        for _ in range(num_steps):
+            engine.step()
+        books[-1].keep(engine)
+    following.learn([_address(drafts) for drafts in books])
+    begun = following.begun(PROMPTS[0], 0, 0).begun
+    assert begun is not None
+    assert len(begun.tokens) == 9
+    for drafts in (*books, following):
+        drafts.close()
 
 
 @pytest.mark.parametrize(
@@ -108,14 +128,14 @@ def test_drafts_that_are_gone_are_not_looked_for() -> None:
     address = _address(drafts)
     drafts.close()
     following = Drafts(SAMPLING, 3, may_mix=False)
-    following.learn(address)
+    following.learn([address])
     assert following.begun(PROMPTS[0], 0, 0) is PROMPTS[0]
     following.close()
 
 
-@pytest.mark.parametrize("is_killed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_another_worker_goes_on(is_killed: bool) -> None:
-    """A worker is killed, or leaves, in the middle of long completions."""
+@pytest.mark.parametrize("case", ["killed", "killed beside an idle one", pytest.param("left", marks=pytest.mark.slow)])
+def test_another_worker_goes_on(case: str) -> None:
+    """A worker is killed, or leaves, in the middle of long completions. An idle one gets its prompts at once."""
     rows = 8
     probe = torch.tensor([1, 2, 3])
     make_engine = functools.partial(
@@ -142,13 +162,16 @@ def test_another_worker_goes_on(is_killed: bool) -> None:
         publisher.publish(weights, 0, probe, reference.score(probe))
         publisher.wait()
         surroundings = Surroundings(server.endpoint, server.secret, {POLICY: publisher.address})
-        with WorkerFleet(Team.of(job, 1, num_standby=1), surroundings) as fleet:
+        num_idle = int("idle" in case)
+        with WorkerFleet(Team.of(job, 1 + num_idle, num_standby=1 - num_idle), surroundings) as fleet:
+            _await(lambda: [record.state for record in fleet.records()].count("serving") == 1 + num_idle)
             queue.put(columns)
             _await(lambda: queue.statistics().tasks["rollout"].num_leased == rows)
-            _await(lambda: any(record.state == "standby" for record in fleet.records()))
+            _await(lambda: num_idle > 0 or any(record.state == "standby" for record in fleet.records()))
             time.sleep(0.5)
-            victim = next(record for record in fleet.records() if record.state == "serving")
-            if is_killed:
+            victim = max(fleet.records(), key=lambda record: record.statistics.busy_s)
+            assert victim.state == "serving"
+            if case != "left":
                 os.kill(victim.pid, signal.SIGKILL)
             else:
                 fleet.scale(0)

@@ -175,6 +175,7 @@ def test_a_worker_of_which_the_next_fleet_does_not_know_ends(start: Start) -> No
     (before,) = fleet.until_serving(1)
     fleet.kill()
     fleet = start([], num_workers=1)
+    fleet.view()
     await_end(before["pid"])
     assert before["pid"] not in pids(fleet.until_serving(1))
 
@@ -185,6 +186,7 @@ def test_workers_that_are_too_many_end(start: Start) -> None:
     before = fleet.until_serving(2)
     fleet.kill()
     fleet = start([*before, {**before[0], "pid": os.getpid(), "rank": 7}], num_workers=1)  # no worker has that number
+    fleet.view()
     await_end(before[1]["pid"])
     assert is_running(before[0]["pid"])
     last = fleet.end()
