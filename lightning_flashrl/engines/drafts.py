@@ -154,11 +154,13 @@ class Drafts:
             self._free.append(line)
 
     def learn(self, addresses: Sequence[DraftsAddress]) -> None:
-        """Look into the drafts of these workers from now on, and of no others. It may be called by another thread.
+        """Look into the drafts of these workers too. It may be called by another thread.
 
-        What cannot be read any more is left out.
+        What cannot be read any more is left out. Of those known before and not among these, only the last are kept:
+        whoever says so may be new, and not know of workers that are gone.
         """
-        others: dict[bytes, _Book] = {}
+        named = {address.mark for address in addresses}
+        others = dict([(mark, book) for mark, book in self._others.items() if mark not in named][-MAX_BOOKS:])
         for address in addresses:
             book = self._others.get(address.mark)
             if book is None and address.mark != self.address.mark:

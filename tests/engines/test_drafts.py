@@ -89,9 +89,20 @@ def test_a_completion_that_is_gone_on_with_is_the_one_that_was_never_interrupted
         assert torch.equal(resumed[number].tokens, whole[number].tokens)
         assert torch.equal(resumed[number].versions, whole[number].versions)
         torch.testing.assert_close(resumed[number].logprobs, whole[number].logprobs)
+    following.close()
+
+
+def test_drafts_of_which_nobody_speaks_any_more_are_kept_for_a_while() -> None:
+    """The fleet was killed together with a worker: the next one has never heard of that."""
+    following = _left_by(_simulated(), 5)
+    books = [Drafts(SAMPLING, 3, may_mix=False) for _ in range(drafts_module.MAX_BOOKS + 1)]
+    for number in range(len(books)):
+        assert following.begun(PROMPTS[0], 0, 0).begun is not None
+        following.learn([_address(books[number])])
     following.learn([])
     assert following.begun(PROMPTS[0], 0, 0).begun is None
-    following.close()
+    for drafts in (*books, following):
+        drafts.close()
 
 
 def test_the_longest_of_several_drafts_is_gone_on_with() -> None:
