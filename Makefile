@@ -22,7 +22,7 @@ check: $(VENV) ## static checks
 	.venv/bin/lint-imports
 
 test: check ## checks and tests
-	$(PYTEST) -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak" --durations=25
 
 test-all: check ## also the slow matrices, a wheel in a clean environment, and the lowest versions
 	$(PYTEST) -m "not soak" --hypothesis-profile=random

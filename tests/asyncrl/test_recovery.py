@@ -66,7 +66,8 @@ def test_a_killed_rank_takes_no_row_with_it(tmp_path: Path, rank: int, phase: st
     check(run(tmp_path, f"kill rank={rank} step=3 phase={phase}"), recoveries=1)
 
 
-@pytest.mark.parametrize("hook", ["on_train_end", pytest.param("on_fit_end", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
 def test_a_rank_may_be_killed_when_all_is_trained(tmp_path: Path, hook: str) -> None:
     check(run(tmp_path, **{"die-at": hook}), recoveries=1)
 

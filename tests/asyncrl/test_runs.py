@@ -91,7 +91,8 @@ class TestWorkflows:
         assert summary["rows_generated"] == 8 * 16
         assert summary["steps"] == 8
 
-    @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "flash_ddp"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("strategy", ["ddp", "flash_ddp"])
     def test_ranks_share_the_rows_of_a_step(self, strategy: str, tmp_path: Path) -> None:
         summary = _run("--strategy", strategy, "--devices", "2", output_dir=tmp_path)
         _check_books(summary, rows=5 * 16, staleness=1)

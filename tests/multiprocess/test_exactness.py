@@ -25,23 +25,23 @@ QUICK = f"""
 forward | 3 | {MANY} | kill rank=1 step=5 phase=forward |
 inside the optimizer | 3 | {MANY} --die 0:4:optimizer | |
 batch end | 3 | {MANY} --die 1:6:batch_end_late | |
-sanity check | 3 | {MANY} --die 0:0:sanity | |
 a replacement saves a checkpoint | 3 | {MANY} | kill rank=1 step=5 phase=optimizer_step;kill rank=1 step=6 phase=checkpoint |
-set-up | 3 | {MANY} | kill rank=1 step=0 phase=setup |
 commit | 3 | | kill rank=1 step=4 phase=commit |
-optimizer step | 3 | | kill rank=0 step=4 phase=optimizer_step |
 all-reduce | 3 | --ddp "{SMALL_BUCKETS}" | kill rank=2 step=4 phase=all_reduce count=2 |
-all but one | 3 | | kill rank=0 step=4 phase=backward;kill rank=2 step=4 phase=backward |
 five times | 2 | | {";".join(f"kill rank=1 step={s} phase={p}" for s, p in [(2, "backward"), (2, "commit"), (4, "forward"), (6, "batch_start"), (8, "backward")])} |
 donor gives | 3 | --die 1:4:backward --die 0:1:giving | |
-survivor in rendezvous | 3 | --die 1:4:backward --die 2:1:rendezvous | |
 stopped | 3 | | stop rank=1 step=4 phase=backward |
-segfault | 2 | | segfault rank=1 step=4 phase=forward |
 accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
 after the last collective of a batch by hand, before validation | 2 | --manual --feature single --val-every 4 --die 0:4:batch_end | |
 """
 
 SLOW = f"""
+sanity check | 3 | {MANY} --die 0:0:sanity | |
+set-up | 3 | {MANY} | kill rank=1 step=0 phase=setup |
+all but one | 3 | | kill rank=0 step=4 phase=backward;kill rank=2 step=4 phase=backward |
+survivor in rendezvous | 3 | --die 1:4:backward --die 2:1:rendezvous | |
+segfault | 2 | | segfault rank=1 step=4 phase=forward |
+optimizer step | 3 | | kill rank=0 step=4 phase=optimizer_step |
 two steps out of order and one twice | 3 | | kill rank=1 step=8;kill rank=1 step=4;kill rank=1 step=4 |
 validation of rank 0 | 3 | {MANY} --die 0:8:validation | |
 saving a checkpoint | 3 | {MANY} --die 0:6:checkpoint | |
