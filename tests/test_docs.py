@@ -30,7 +30,11 @@ def test_programs_run_and_print_what_is_said(name: str, num_programs: int) -> No
 
 
 def test_the_tests_that_prove_guarantees_are_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "guarantees.md").read_text())
-    assert len(named) > 15
+    text = (DOCS / "guarantees.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", text)
+    assert len(named) == text.count("`tests/") > 15
     for path, name in named:
-        assert f"def {name}(" in (DOCS.parent / path).read_text(), f"{path} has no {name}"
+        *classes, last = name.split("::")
+        source, indent = (DOCS.parent / path).read_text(), "    " * len(classes)
+        assert re.search(rf"^{indent}(def {last}\(|{last} = )", source, re.MULTILINE), f"{path} has no {name}"
+        assert all(f"\nclass {one}:" in source for one in classes), f"{path} has no {name}"

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,31 +111,62 @@ def test_whoever_hangs_is_replaced_and_no_row_is_lost(tmp_path: Path, strikes: l
     assert summary["kills"] == len(strikes)
 
 
-def test_a_rank_that_waits_for_rows_helps_a_lost_one_back(tmp_path: Path) -> None:
-    """The rows may be what only the lost one can bring about."""
-    gate, output_dir = tmp_path / "gate", tmp_path / "run"
+@contextlib.contextmanager
+def halted(output_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run that waits for the rows of its third step until this is over; then it goes on to its end."""
+    gate = output_dir.with_name("gate")
     arguments = ["--strategy", "flash_ddp", "--devices", "2", "--max-steps", str(STEPS), "--gate", str(gate)]
     process = subprocess.Popen(
         [sys.executable, str(JOB), str(output_dir), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
+        cwd=output_dir.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         _await(lambda: read_history(output_dir)[0][-1]["step"] == 2)
-        _, processes = read_processes(output_dir / "processes.json")
-        time.sleep(1)  # both wait
-        os.kill(next(one.pid for one in processes if (one.role, one.rank) == ("trainer", 0)), signal.SIGKILL)
-        assert process.stderr is not None
-        assert any("back after" in line for line in process.stderr)
+        time.sleep(1)  # both ranks wait
+        yield process
         gate.touch()
         _, told = process.communicate(timeout=100)
         assert process.returncode == 0, told
     finally:
         process.kill()
+
+
+def pids(output_dir: Path, role: str) -> dict[int, int]:
+    """The processes of a role that are at work, by rank."""
+    _, processes = read_processes(output_dir / "processes.json")
+    return {one.rank: one.pid for one in processes if one.role == role and one.state in ("running", "serving")}
+
+
+def test_a_rank_that_waits_for_rows_helps_a_lost_one_back(tmp_path: Path) -> None:
+    """The rows may be what only the lost one can bring about."""
+    output_dir = tmp_path / "run"
+    with halted(output_dir) as process:
+        os.kill(pids(output_dir, "trainer")[0], signal.SIGKILL)
+        assert process.stderr is not None
+        assert any("back after" in line for line in process.stderr)
     check(json.loads((output_dir / "summary.json").read_text()), recoveries=1)
+
+
+@pytest.mark.slow
+def test_workers_come_and_go_while_the_queue_dies(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    scale = [sys.executable, "-m", "lightning_flashrl.cli.flashrl", "scale", str(output_dir)]
+    with halted(output_dir):
+        subprocess.run([*scale, "rollout=3"], check=True)
+        _await(lambda: len(pids(output_dir, "rollout")) == 3)
+        workers, (host,) = pids(output_dir, "rollout"), pids(output_dir, "queue").values()
+        os.kill(host, signal.SIGKILL)
+        _await(lambda: host not in pids(output_dir, "queue").values() and pids(output_dir, "rollout") == workers)
+        subprocess.run([*scale, "rollout=0"], check=True)
+        _await(lambda: not pids(output_dir, "rollout"))
+        subprocess.run([*scale, "rollout=2"], check=True)
+    summary = json.loads((output_dir / "summary.json").read_text())
+    check(summary, recoveries=0)
+    assert summary["workers_replaced"] == 0
 
 
 def _await(is_so: Callable[[], bool]) -> None:
