@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable
 from pathlib import Path
+
+_KILL_TIMEOUT_S = 10.0
+
+
+def all_processes() -> list[int]:
+    """Return the numbers of all processes that can be seen."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def end_process(pid: int, is_it: Callable[[int], bool]) -> None:
+    """Kill a process and wait until it is gone, if it is still the one that is meant when its number is held."""
+    with contextlib.suppress(OSError):  # it is gone, or another user's
+        pidfd = os.pidfd_open(pid)
+        try:
+            if is_it(pid):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], _KILL_TIMEOUT_S)
+        finally:
+            os.close(pidfd)
 
 
 def read_stat(path: str) -> list[str]:

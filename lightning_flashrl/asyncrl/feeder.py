@@ -87,10 +87,11 @@ class Feeder:
         try:
             self._next_group = self._sink.resume()
             take = self._open_at(self._next_group)
-            while not self._over.is_set():
+            goes_on = True
+            while not self._over.wait(0.0 if goes_on else _LOOK_S):  # also at the end: who asks misses a host that dies
                 count = self._sink.wait_for_room(_LOOK_S)
-                if count and not self._feed(take(count)):
-                    return
+                if count and goes_on:
+                    goes_on = self._feed(take(count))
         except (QueueClosedError, QueueUnavailableError):
             pass  # whoever waits for rows is told
         except Exception as error:  # noqa: BLE001 - the user's own dataset and tokenizer; raised in the training loop

@@ -94,6 +94,7 @@ class HostState(msgspec.Struct, frozen=True):
         workers: what is known of each.
         num_replaced: workers that died and were replaced.
         recovery_ms: see :attr:`HostView.recovery_ms`.
+        is_snapshot: whether it comes from a checkpoint, and nobody has gone on from it yet.
     """
 
     plan: PlanState
@@ -101,6 +102,7 @@ class HostState(msgspec.Struct, frozen=True):
     workers: list[WorkerRecord]
     num_replaced: int
     recovery_ms: dict[str, list[float]]
+    is_snapshot: bool = False
 
 
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,6 +202,11 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+def run_name(secret: str) -> str:
+    """Return what all hosts of a run, and their workers, are known by."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:16]
+
+
 class StreamHost:
     """A run's queue, plan and workers, in this process.
 
@@ -245,7 +252,7 @@ class StreamHost:
             first_group=settings.first_group,
         )
         self._stages = settings.stages
-        self._anew = None if journal is not None and journal.exists() else (settings.version, settings.limit)
+        self._settings = settings
         self._is_over = False
         self._before = None
         self._own_recovery_ms: list[float] = []
@@ -290,13 +297,13 @@ class StreamHost:
         """Take over from a host that is gone, before its rows come."""
         self._before = msgspec.msgpack.decode(note, type=HostState)
         self.plan.load(self._before.plan)
-        if self._anew is not None:
-            self.plan.begin_anew(*self._anew)
+        if self._before.is_snapshot:
+            self.plan.begin_anew(self._settings.version, self._settings.limit)
 
     def _succession(self, keeper_pid: int) -> Succession:
         """What makes workers find the next host, and this one theirs."""
-        name = hashlib.sha256(self.server.secret.encode()).hexdigest()[:16]
-        return Succession(name, keeper_pid, [] if self._before is None else self._before.workers)
+        before = [] if self._before is None else self._before.workers
+        return Succession(run_name(self.server.secret), keeper_pid, before)
 
     def _close_books(self) -> None:
         """Of workers of earlier hosts that have not been taken over."""
@@ -320,7 +327,7 @@ class StreamHost:
     def snapshot(self) -> bytes:
         """Return rows and prompts that are under way, for the host of a run that goes on from a checkpoint."""
         with self.queue.control.lock:
-            note = msgspec.msgpack.encode(HostState(self.plan.state(), {}, [], 0, {}))
+            note = msgspec.msgpack.encode(HostState(self.plan.state(), {}, [], 0, {}, is_snapshot=True))
             # The critic's values are of the weights that are trained next.
             return self.queue.snapshot(note, without=(CRITIC, VALUES) if self._stages.has_critic else None)
 

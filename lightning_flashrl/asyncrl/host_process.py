@@ -20,36 +20,37 @@ import dataclasses
 import os
 import pickle
 import secrets
-import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from lightning_flashrl import clock
-from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, StreamHost
+from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, StreamHost, run_name
 from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost
 from lightning_flashrl.asyncrl.processes import STANDBY_NAME
+from lightning_flashrl.engines.worker_process import STOPPED_TIMEOUT_S, end_workers
 from lightning_flashrl.errors import ConfigurationError, FlashRLError, QueueUnavailableError
 from lightning_flashrl.messaging.local import connect_locally, listen_locally, peer_pid
-from lightning_flashrl.procfs import read_command_line
+from lightning_flashrl.procfs import all_processes, end_process, is_stopped, read_command_line
+from lightning_flashrl.streaming.journal import remove_journal
 from lightning_flashrl.supervisor.client import RankClient
 from lightning_flashrl.supervisor.process import die_with_parent, name_process
 from lightning_flashrl.supervisor.service import free_port
-from lightning_flashrl.weights import WeightsAddress, keep
+from lightning_flashrl.weights import WeightsAddress, keep, let_go
 
 _MODULE = __spec__.name
 """Of this file, also where it is the main program."""
 _FIND_TIMEOUT_S = 1.0
 _LOOK_S = 0.2
-_KILL_TIMEOUT_S = 10.0
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 300.0
+"""So long a host may take to import what it needs, where more processes want to run than there are cores."""
 _ANSWER_TIMEOUT_S = 5.0
 _NUM_ATTEMPTS = 5
 _POLL_S = 0.01
@@ -73,35 +74,45 @@ class HostHome:
     def __init__(self, client: RankClient, fit: int) -> None:
         self.settings: Callable[[], HostSettings] | None = None
         self._client = client
-        self._key = f"asyncrl/{fit}"
+        self._key = f"kept/asyncrl/{fit}"
         self._address: HostAddress | None = None
+        self._kept: list[WeightsAddress] = []
 
     def find(self) -> RemoteHost | None:
         """Return the host that this rank's predecessor has left, if there is one.
 
-        When the whole job starts again, from a checkpoint, the host of its last life is ended.
+        When the whole job has started again, from a checkpoint, the host of its last life is ended, and its workers.
         """
         client = self._client
         if not client.incarnation:
             return None
-        try:
-            found = client.store_get(self._key, _FIND_TIMEOUT_S)
-        except TimeoutError:
+        if (before := client.store_find(f"before/{self._key}")) is not None:
+            _end_life(msgspec.json.decode(before, type=HostAddress))
+        if not client.is_newcomer or (found := client.store_find(self._key)) is None:
             return None
-        address = msgspec.json.decode(found, type=HostAddress)
-        if client.is_newcomer:
-            self._address = address
-        else:
-            _end_standby(address)
+        self._address = address = msgspec.json.decode(found, type=HostAddress)
         try:
             socket.create_connection(("127.0.0.1", address.port), _FIND_TIMEOUT_S).close()  # refused at once
-            host = RemoteHost(address, self._revive)
+            return RemoteHost(address, self._revive)
         except (OSError, QueueUnavailableError):
             return None
-        if client.is_newcomer:
-            return host
-        host.close()
-        return None
+
+    def keep(self, weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress]:
+        """Keep the memory of weights in this process until :meth:`let_go`; return where it is now.
+
+        Raises:
+            ConfigurationError: it cannot be mapped from here.
+        """
+        kept = {}
+        for name, address in weights.items():
+            kept[name] = keep(address)
+            self._kept.append(kept[name])
+        return kept
+
+    def let_go(self) -> None:
+        """Keep nobody's weights any more: the fit is over."""
+        while self._kept:
+            let_go(self._kept.pop())
 
     def keep_weights(self, host: RemoteHost) -> None:
         """Keep the memory of the host's weights in this rank, for the case that host and rank 0 die together.
@@ -112,7 +123,7 @@ class HostHome:
         while True:
             known = host.surroundings
             try:
-                kept = {name: keep(address) for name, address in known.weights.items()}
+                kept = self.keep(known.weights)
             except ConfigurationError:  # it was killed when it had just answered; there is another one by now
                 if host.ask_surroundings() == known:
                     raise
@@ -125,10 +136,10 @@ class HostHome:
         if not self._client.is_newcomer:
             return None
         for rank in range(self._client.world_size):
-            with contextlib.suppress(TimeoutError, ConfigurationError):
-                found = self._client.store_get(self._weights_key(rank), _LOOK_S)
+            if (found := self._client.store_find(self._weights_key(rank))) is not None:
                 kept = msgspec.json.decode(found, type=dict[str, WeightsAddress])
-                return {name: keep(address) for name, address in kept.items()}
+                with contextlib.suppress(ConfigurationError):
+                    return self.keep(kept)
         return None
 
     def _weights_key(self, rank: int) -> str:
@@ -180,10 +191,12 @@ class HostHome:
         """Let the process on standby serve; return what it says then, or why it does not. Empty if it dies."""
         assert self._address is not None
         name = _standby_name(self._address.journal)
+        seen = _Stopped(self._address)
         deadline_s = clock.now_s() + _START_TIMEOUT_S
         while (sock := connect_locally(name)) is None:
             if all(called == _HOST for _, called in _processes(self._address)):
                 _start_standby(self._address)
+            seen.end()
             if clock.now_s() > deadline_s:
                 return f"nothing of it was heard in {_START_TIMEOUT_S:g} s".encode()
             clock.sleep(_POLL_S)
@@ -191,16 +204,56 @@ class HostHome:
             sock.settimeout(_ANSWER_TIMEOUT_S)
             if sock.recv(len(_HERE)) == _HERE:
                 _end_hosts(self._address, but=peer_pid(sock))
-                sock.settimeout(_START_TIMEOUT_S)
-                sock.sendall(pickle.dumps((self._address, settings, sys.path)))
-                sock.shutdown(socket.SHUT_WR)
-                return _read(sock)
+                return _ask(sock, pickle.dumps((self._address, settings, sys.path)), seen)
         return b""
 
     def close(self) -> None:
         """End the host on standby."""
         if self._address is not None:
             _end_standby(self._address)
+
+
+class _Stopped:
+    """Processes of an address that a signal has stopped, seen by who waits for one of them."""
+
+    def __init__(self, address: HostAddress) -> None:
+        self._address = address
+        self._since_s: dict[int, float] = {}
+
+    def end(self) -> None:
+        """Kill those that have been stopped for a while."""
+        now_s = clock.now_s()
+        stopped = [pid for pid, _ in _processes(self._address) if is_stopped(pid)]
+        self._since_s = {pid: self._since_s.get(pid, now_s) for pid in stopped}
+        late = {pid for pid, since_s in self._since_s.items() if now_s - since_s > STOPPED_TIMEOUT_S}
+        if late:
+            _end(self._address, lambda pid, _: pid in late)
+
+
+def _ask(sock: socket.socket, request: bytes, seen: _Stopped) -> bytes:
+    """Send a request and return all that is answered; nothing if that takes too long.
+
+    Raises:
+        OSError: the other end has died.
+    """
+    deadline_s = clock.now_s() + _START_TIMEOUT_S
+    sock.settimeout(_LOOK_S)
+    left, found = memoryview(request), b""
+    while clock.now_s() < deadline_s:
+        try:
+            if left:
+                left = left[sock.send(left) :]
+                if not left:
+                    sock.shutdown(socket.SHUT_WR)
+                continue
+            part = sock.recv(1 << 16)
+        except TimeoutError:
+            seen.end()
+            continue
+        if not part:
+            return found
+        found += part
+    return b""
 
 
 def _start_standby(address: HostAddress) -> None:
@@ -234,7 +287,7 @@ def _read(sock: socket.socket) -> bytes:
 
 def _processes(address: HostAddress) -> Iterator[tuple[int, str]]:
     """Numbers of the hosts of an address, on standby or not, and what they are called."""
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+    for pid in all_processes():
         called = None
         with contextlib.suppress(OSError):  # gone meanwhile
             called = _look_at(pid, address)
@@ -255,16 +308,19 @@ def _end_hosts(address: HostAddress, but: int) -> None:
 
 
 def _end(address: HostAddress, is_meant: Callable[[int, str], bool]) -> None:
+    def is_it(pid: int) -> bool:
+        called = _look_at(pid, address)
+        return called is not None and is_meant(pid, called)
+
     for pid, _ in _processes(address):
-        with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(pid)
-            try:  # from now on the number is not another process's
-                called = _look_at(pid, address)
-                if called is not None and is_meant(pid, called):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    select.select([pidfd], [], [], _KILL_TIMEOUT_S)
-            finally:
-                os.close(pidfd)
+        end_process(pid, is_it)
+
+
+def _end_life(address: HostAddress) -> None:
+    """End all that is left of a host: itself, who would follow it, its workers."""
+    _end_hosts(address, but=0)
+    end_workers(run_name(address.secret))
+    remove_journal(Path(address.journal))
 
 
 def _standby_name(journal: str) -> str:
@@ -321,7 +377,7 @@ def main() -> None:
     service.last = [host.view()]
     service.may_leave.wait()
     host.close()
-    Path(address.journal).unlink(missing_ok=True)
+    remove_journal(Path(address.journal))
 
 
 if __name__ == "__main__":

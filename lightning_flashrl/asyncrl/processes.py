@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_flashrl import clock
 from lightning_flashrl.files import replacing
+from lightning_flashrl.procfs import all_processes
 from lightning_flashrl.supervisor.root import SUPERVISOR_NAME
 
 STANDBY_NAME = "flashrl-standby"
@@ -52,8 +53,7 @@ class _Seen:
 
 def _look_around() -> dict[int, _Seen]:
     """Return every process of the machine that can be seen."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return {pid: seen for pid in pids if (seen := _look_at(pid)) is not None}
+    return {pid: seen for pid in all_processes() if (seen := _look_at(pid)) is not None}
 
 
 def _look_at(pid: int) -> _Seen | None:

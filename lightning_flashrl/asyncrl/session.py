@@ -39,7 +39,7 @@ from lightning_flashrl.engines.reward_task import RewardSettings
 from lightning_flashrl.errors import ConfigurationError, EndOfStream, LeaseTimeoutError, WorkerFailedError, WouldBlock
 from lightning_flashrl.streaming import Lease, QueueVerbs
 from lightning_flashrl.tasks import RewardFn
-from lightning_flashrl.weights import Swap, WeightPublisher, WeightsAddress, keep
+from lightning_flashrl.weights import Swap, WeightPublisher, WeightsAddress
 
 _MAX_FAILED = 64
 """So many rows, and two steps' worth of them, may fail one after the other before a run is given up."""
@@ -47,8 +47,8 @@ _MANY_UNINFORMATIVE, _MAX_UNINFORMATIVE = 4, 64
 """So many steps' worth of rows without anything to learn from are warned of, and given up."""
 _LOOK_S = 0.2
 """How often a rank that waits for rows looks whether everybody is well."""
-_CONNECT_TIMEOUT_S = 60.0
-"""So long a rank that is made looks for the host: that may have died, and be followed by another."""
+_PATIENCE_S = 600.0
+"""So long a rank looks for the host: when that dies together with rank 0, rank 0's successor makes its model first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,10 +345,13 @@ class RankSession(Session):
         record: StepRecord | None = None,
         home: HostHome | None = None,
     ) -> None:
-        host = RemoteHost(address, connect_timeout_s=0.0 if home is None else _CONNECT_TIMEOUT_S)
+        host = RemoteHost(address, connect_timeout_s=0.0 if home is None else _PATIENCE_S)
         self._client = host.queue
         if home is not None:
+            self._client.reconnect_timeout_s = _PATIENCE_S
+        if home is not None:
             home.keep_weights(host)
+        self._home = home
         super().__init__(self._client, steps, replica_rank, stages, record)
 
     def check(self) -> None:
@@ -364,6 +367,8 @@ class RankSession(Session):
     def close(self) -> None:
         """Let go of the queue, which goes on."""
         self._client.disconnect()
+        if self._home is not None:
+            self._home.let_go()
 
 
 class ReplaySession(Session):
@@ -474,11 +479,15 @@ class LeadSession(Session):
                 self._host = _serve(StreamHost(settings()))
             else:
                 found = home.find()
-                kept = None if found is None else _kept(found.surroundings.weights)
-                if found is not None and kept is None:  # it has died meanwhile
-                    found.queue.disconnect()
-                    found = None
-                weights = kept or home.find_weights()
+                stack.callback(home.let_go)
+                weights = None
+                if found is not None:
+                    try:
+                        weights = home.keep(found.surroundings.weights)
+                    except ConfigurationError:  # it has died meanwhile
+                        found.queue.disconnect()
+                        found = None
+                weights = weights or home.find_weights()
                 if weights is None:
                     self._weights = self._publish_first(stack)
                 else:
@@ -589,14 +598,6 @@ class LeadSession(Session):
     def close(self) -> None:
         """End workers, server and queue."""
         self._resources.close()
-
-
-def _kept(weights: Mapping[str, WeightsAddress]) -> dict[str, WeightsAddress] | None:
-    """Return where this process keeps weights that another keeps; ``None`` if that one is gone."""
-    try:
-        return {name: keep(address) for name, address in weights.items()}
-    except ConfigurationError:
-        return None
 
 
 def _serve(host: StreamHost) -> StreamHost:

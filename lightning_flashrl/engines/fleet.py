@@ -30,7 +30,7 @@ from lightning_flashrl import clock
 from lightning_flashrl.engines.drafts import MAX_BOOKS, Books, DraftsAddress
 from lightning_flashrl.engines.process import END, END_TIMEOUT_S, Job, Surroundings, pack
 from lightning_flashrl.engines.worker import WorkerStatistics, total
-from lightning_flashrl.engines.worker_process import WorkerProcess, WorkerRecord
+from lightning_flashrl.engines.worker_process import WorkerProcess, WorkerRecord, home_name
 from lightning_flashrl.errors import ConfigurationError, WorkerFailedError
 from lightning_flashrl.messaging.local import listen_locally, peer_pid
 
@@ -126,7 +126,7 @@ class WorkerFleet:
         os.write(self._payload_fd, team.payload)
         self._surroundings = msgspec.json.encode(surroundings) + b"\n"
         self.role = team.role
-        self._home = "" if succession is None else f"flashrl-{succession.name}-{team.role}"
+        self._home = "" if succession is None else home_name(succession.name, team.role)
         self._keeper_pid = 0 if succession is None else succession.keeper_pid
         self._log_dir = log_dir
         if log_dir is not None:
@@ -260,7 +260,8 @@ class WorkerFleet:
 
     def _watch(self) -> None:
         while self._processes or not self._is_over:
-            for key, _ in self._selector.select(_LOOK_S):
+            self._listen_for_room()
+            for key, events in self._selector.select(_LOOK_S):
                 process: WorkerProcess | None = key.data
                 if key.fd == self._wake_fd:
                     os.read(self._wake_fd, 4096)
@@ -271,8 +272,21 @@ class WorkerFleet:
                 elif key.fd == process.pidfd:
                     self._ended(process)
                 else:
-                    self._hear(process)
+                    if events & selectors.EVENT_WRITE:
+                        with self._lock:
+                            process.flush()
+                    if events & selectors.EVENT_READ:
+                        self._hear(process)
             self._look()
+
+    def _listen_for_room(self) -> None:
+        """Be woken when a worker takes in more of what it was told."""
+        with self._lock:
+            for key in list(self._selector.get_map().values()):
+                if isinstance(process := key.data, WorkerProcess) and key.fileobj is process.sock:
+                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.has_unsent else 0)
+                    if events != key.events:
+                        self._selector.modify(process.sock, events, process)
 
     def _hear(self, process: WorkerProcess) -> None:
         had_drafts = process.drafts is not None

@@ -52,10 +52,9 @@ END = "end\n"
 END_TIMEOUT_S = 5.0
 """A worker ends in this time."""
 _REPORT_S = 0.25
-_RECONNECT_TIMEOUT_S = 60.0
+_PATIENCE_S = 600.0
+"""So long a worker looks for the next queue, if there will be one: whoever starts that may have to come back first."""
 _REJOIN_LOOK_S = 0.05
-_SETTLE_TIMEOUT_S = 60.0
-"""So long a worker waits for the next fleet to say where the weights are, when nobody keeps them any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +246,7 @@ class _FleetLink:
     def _await_other(self, place: Surroundings) -> bool:
         """The fleet's process was killed, and the weights with it: the next one says where they are."""
         with self._is_told:
-            return self._is_told.wait_for(lambda: self._place != place, _SETTLE_TIMEOUT_S)
+            return self._is_told.wait_for(lambda: self._place != place, _PATIENCE_S)
 
     def hear(self) -> str:
         """Wait for a line; empty when the fleet is gone."""
@@ -368,10 +367,11 @@ def main() -> None:
             os._exit(0)
         link.learn(told)
         threading.Thread(target=_listen, args=(link, stop), daemon=True).start()
-        _serve(job, prepared, link.settle(), link, _RECONNECT_TIMEOUT_S if home else 0.0, stop)
+        _serve(job, prepared, link.settle(), link, _PATIENCE_S if home else 0.0, stop)
     except QueueUnavailableError:
         if not stop.is_set():
-            link.tell(error=traceback.format_exc())
+            if not home:  # else it is no fault of its own: another one comes in its place
+                link.tell(error=traceback.format_exc())
             sys.exit(1)
     except (Exception, SystemExit):  # noqa: BLE001 - told to the fleet; also a user's exit()
         link.tell(error=traceback.format_exc())

@@ -17,13 +17,31 @@ from lightning_flashrl import clock
 from lightning_flashrl.engines.drafts import DraftsAddress
 from lightning_flashrl.engines.process import END, Job
 from lightning_flashrl.engines.worker import WorkerStatistics
-from lightning_flashrl.procfs import is_stopped, read_command_line
+from lightning_flashrl.procfs import all_processes, end_process, is_stopped, read_command_line
 
 _MODULE = Job.__module__
+STOPPED_TIMEOUT_S = 2.0
+"""A worker that a signal has stopped for so long hangs, whatever it does."""
 _HANG_TIMEOUT_S = 30.0
-"""A worker that serves and is silent for so long hangs."""
-_STOPPED_TIMEOUT_S = 2.0
-"""So does one that a signal has stopped for so long, whatever it does."""
+"""So does one that serves and is silent for so long."""
+
+
+def home_name(run: str, role: str = "") -> str:
+    """Return the name of the local socket at which workers of a run find their next fleet, or how these names begin."""
+    return f"flashrl-{run}-{role}"
+
+
+def end_workers(run: str) -> None:
+    """Kill the workers of a run that has no fleets any more."""
+
+    def is_one(pid: int) -> bool:
+        words = read_command_line(pid)
+        return _MODULE in words and any(word.startswith(home_name(run)) for word in words)
+
+    for pid in all_processes():
+        with contextlib.suppress(OSError):
+            if is_one(pid):
+                end_process(pid, is_one)
 
 
 @dataclass(slots=True)
@@ -78,6 +96,7 @@ class WorkerProcess:
         self.drafts: DraftsAddress | None = None
         self._child = child
         self._unread = b""
+        self._unsent = b""
 
     @classmethod
     def start(
@@ -119,10 +138,25 @@ class WorkerProcess:
         return None
 
     def send(self, line: bytes) -> None:
-        """Tell it something."""
+        """Tell it something; what does not fit into the socket now goes with :meth:`flush`."""
         if self.sock is not None:
-            with contextlib.suppress(OSError):  # it has died, which is seen elsewhere
-                self.sock.sendall(line)
+            self._unsent += line
+            self.flush()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether it does not know yet all that it was told."""
+        return bool(self._unsent)
+
+    def flush(self) -> None:
+        """Go on telling."""
+        try:
+            while self._unsent and self.sock is not None:
+                self._unsent = self._unsent[self.sock.send(self._unsent) :]
+        except BlockingIOError:  # it does not listen yet
+            pass
+        except OSError:  # it has died, which is seen elsewhere
+            self._unsent = b""
 
     def read(self) -> bool:
         """Take in what it has told; return whether there may be more."""
@@ -154,7 +188,7 @@ class WorkerProcess:
     def join(self, sock: socket.socket) -> None:
         """It has found this fleet."""
         sock.setblocking(False)
-        self.sock = sock
+        self.sock, self._unsent = sock, b""
         self.heard_s = clock.now_s()
         if self.is_leaving:
             self.send(END.encode())
@@ -174,7 +208,7 @@ class WorkerProcess:
             self.stopped_s = None
             return ""
         self.stopped_s = now_s if self.stopped_s is None else self.stopped_s
-        if now_s - self.stopped_s > _STOPPED_TIMEOUT_S:
+        if now_s - self.stopped_s > STOPPED_TIMEOUT_S:
             return f"was stopped for {now_s - self.stopped_s:.0f} s and was killed"
         return ""
 

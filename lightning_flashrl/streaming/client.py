@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -351,7 +352,16 @@ class _Link:
         except BaseException:
             self.close()
             raise
-        self.writer = Writer(self.schema, self.units, self._grant, self._seal, max_idle_s=welcome.session_timeout_s / 2)
+        this = weakref.proxy(self)  # a lost server's memory goes with the last use of it, and waits for no collector
+
+        def grant(num_bytes: int) -> tuple[int, int]:
+            found: tuple[int, int] = this._grant(num_bytes)
+            return found
+
+        def seal(where: int) -> None:
+            this._seal(where)
+
+        self.writer = Writer(self.schema, self.units, grant, seal, max_idle_s=welcome.session_timeout_s / 2)
 
     def ask(self, request: protocol.Request, number: int, expected: type[_AnswerT]) -> _AnswerT:
         return self._client._connection(self).ask(request, self.sender, number, expected)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import struct
 import zlib
@@ -200,6 +201,7 @@ class Journal:
             raise JournalError(str(path), f"cannot be opened ({error})") from error
         try:
             self._lock(self._fd)
+            _remove_unfinished(path)
             self._begin()
         except BaseException:
             os.close(self._fd)
@@ -312,6 +314,18 @@ class Journal:
     def close(self) -> None:
         """Let go of the file, which stays."""
         os.close(self._fd)
+
+
+def remove_journal(path: Path) -> None:
+    """Remove a journal that nobody needs any more, and what was left of it when it was rewritten."""
+    path.unlink(missing_ok=True)
+    _remove_unfinished(path)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Whoever rewrote the journal was killed."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def whole(header: Header, records: Iterable[Record]) -> bytes:

@@ -31,6 +31,7 @@ from lightning_flashrl.types import RankReport, RecoveryPlan
 
 BEAT_INTERVAL_S = 0.05
 _ABORT_CHECK_S = 0.05
+_SUPERVISOR_PATIENCE_S = 600.0
 """An abort event is looked at after every callback, and at least this often."""
 
 
@@ -163,7 +164,11 @@ class RankClient:
 
     # ------------------------------------------------------------------ store
     def store_set(self, key: str, value: bytes) -> None:
-        """Put ``value`` into the job's store. Keys that begin with ``q{id}/`` vanish when their quorum is history."""
+        """Put ``value`` into the job's store.
+
+        Keys ``q{id}/…`` vanish when their quorum is history. When the whole job starts again all others do, too, but
+        ``kept/…``: these are found under ``before/kept/…`` then.
+        """
         self._ask(lambda request_id: protocol.StoreSet(request_id, key, value))
 
     def store_get(self, key: str, timeout_s: float, abort: threading.Event | None = None) -> bytes:
@@ -188,6 +193,16 @@ class RankClient:
                 del self._answers[request_id]
                 self._unanswered.pop(request_id, None)
         return value
+
+    def store_find(self, key: str) -> bytes | None:
+        """Return the value of ``key``, or ``None`` if nobody has set it, as soon as the controller has answered."""
+        request_id = self._ask(lambda request_id: protocol.StoreGet(request_id, key))
+        asked = f"asked/{self.global_rank}/{request_id}"
+        self.store_set(asked, b"")  # it answers in the order in which it is asked
+        self.store_get(asked, _SUPERVISOR_PATIENCE_S)
+        with self._answered:
+            self._unanswered.pop(request_id, None)
+            return self._answers.pop(request_id)
 
     def _rank_lost(self, key: str) -> RankLostError:
         if self._quorum is not None and self._quorum.lost:

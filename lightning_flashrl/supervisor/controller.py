@@ -439,7 +439,7 @@ class Controller:
         self._num_restarts += 1
         self.quorum_id = 0
         self._recovery = self._change = self._record = None
-        self._store.clear()
+        self._store.begin_anew()
         self._exited.clear()
         self._fits.clear()
         self._num_fits_over = 0

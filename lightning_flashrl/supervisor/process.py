@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lightning_flashrl import clock
-from lightning_flashrl.procfs import is_stopped, read_stat
+from lightning_flashrl.procfs import all_processes, is_stopped, read_stat
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What a user sends to a job to end it."""
@@ -248,13 +248,8 @@ def _live_and_end(live: Callable[[], int]) -> NoReturn:
 
 def children() -> list[int]:
     """Return the process numbers of all children of this process, adopted ones included."""
-    found: list[int] = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            stat = read_stat(f"/proc/{name}/stat")
-            if stat and int(stat[1]) == os.getpid():
-                found.append(int(name))
-    return found
+    stats = {pid: read_stat(f"/proc/{pid}/stat") for pid in all_processes()}
+    return [pid for pid, stat in stats.items() if stat and int(stat[1]) == os.getpid()]
 
 
 def bury(pid: int) -> ExitStatus | None:

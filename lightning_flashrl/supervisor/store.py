@@ -22,6 +22,10 @@ class Store:
     True
     >>> store.set("q1/address", b"host:1") == [waiter]
     True
+    >>> _ = store.set("kept/queue", b"host:2")
+    >>> store.begin_anew()
+    >>> store.get("q1/address", waiter), store.get("kept/queue", waiter), store.get("before/kept/queue", waiter)
+    (None, None, b'host:2')
     """
 
     def __init__(self) -> None:
@@ -49,9 +53,11 @@ class Store:
             for key in [key for key in table if _is_older(key, quorum_id)]:
                 del table[key]
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._values.clear()
+    def begin_anew(self) -> None:
+        """Forget everything; only what was set under ``kept/…`` is found under ``before/kept/…``."""
+        before = {key: value for key, value in self._values.items() if key.startswith("before/")}
+        kept = {f"before/{key}": value for key, value in self._values.items() if key.startswith("kept/")}
+        self._values = before | kept
         self._waiters.clear()
 
 

@@ -291,6 +291,11 @@ def keep(address: WeightsAddress) -> WeightsAddress:
     return msgspec.structs.replace(address, pid=os.getpid(), fd=fd)
 
 
+def let_go(address: WeightsAddress) -> None:
+    """Keep the memory no longer that :func:`keep` has kept."""
+    os.close(address.fd)
+
+
 def checksum(array: Bytes) -> int:
     """Return a checksum of bytes; fast rather than safe against intent."""
     return zlib.adler32(array.data)

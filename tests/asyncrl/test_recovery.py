@@ -103,6 +103,7 @@ def test_the_queue_may_die_together_with_any_rank(tmp_path: Path) -> None:
         ["queue hangs at step 2", "supervisor hangs at step 6"],
         ["standby hangs at step 2", "queue at step 2"],
         ["rollout 0 hangs at step 2", "queue at step 2"],
+        ["supervisor hangs at step 2", "trainer 0 at step 2", "queue at step 2"],
     ],
 )
 def test_whoever_hangs_is_replaced_and_no_row_is_lost(tmp_path: Path, strikes: list[str]) -> None:
@@ -112,10 +113,11 @@ def test_whoever_hangs_is_replaced_and_no_row_is_lost(tmp_path: Path, strikes: l
 
 
 @contextlib.contextmanager
-def halted(output_dir: Path) -> Iterator[subprocess.Popen[str]]:
+def halted(output_dir: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A run that waits for the rows of its third step until this is over; then it goes on to its end."""
     gate = output_dir.with_name("gate")
-    arguments = ["--strategy", "flash_ddp", "--devices", "2", "--max-steps", str(STEPS), "--gate", str(gate)]
+    options = {"strategy": "flash_ddp", "devices": 2, "max-steps": STEPS, "gate": gate, **options}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     process = subprocess.Popen(
         [sys.executable, str(JOB), str(output_dir), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -133,6 +135,7 @@ def halted(output_dir: Path) -> Iterator[subprocess.Popen[str]]:
         assert process.returncode == 0, told
     finally:
         process.kill()
+        process.communicate()
 
 
 def pids(output_dir: Path, role: str) -> dict[int, int]:
@@ -149,6 +152,44 @@ def test_a_rank_that_waits_for_rows_helps_a_lost_one_back(tmp_path: Path) -> Non
         assert process.stderr is not None
         assert any("back after" in line for line in process.stderr)
     check(json.loads((output_dir / "summary.json").read_text()), recoveries=1)
+
+
+@pytest.mark.slow
+def test_a_host_that_is_stopped_before_it_is_on_standby_is_replaced(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    with halted(output_dir):
+        (host,), (standby,) = pids(output_dir, "queue").values(), pids(output_dir, "standby").values()
+        command = psutil.Process(host).cmdline()
+        os.kill(standby, signal.SIGKILL)
+
+        def stop_the_next() -> bool:
+            for process in psutil.process_iter(["cmdline"]):
+                if process.info["cmdline"] == command and process.pid not in (host, standby):
+                    process.suspend()
+                    return True
+            return False
+
+        _await(stop_the_next)
+        os.kill(host, signal.SIGKILL)
+        _await(lambda: host not in (now := pids(output_dir, "queue").values()) and len(now) == 1)
+    check(json.loads((output_dir / "summary.json").read_text()), recoveries=0)
+
+
+@pytest.mark.slow
+def test_when_all_is_lost_the_next_life_ends_what_is_left_of_the_last(tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    with halted(output_dir, **{"fallback": "last", "save-every": tmp_path / "saved"}):
+        before = [*pids(output_dir, "queue").values(), *pids(output_dir, "standby").values()]
+        before += pids(output_dir, "rollout").values()
+        trainers = pids(output_dir, "trainer")
+        assert len(before) == 3
+        for pid in trainers.values():
+            os.kill(pid, signal.SIGKILL)
+        _await(lambda: not {*trainers.values()} & {*pids(output_dir, "trainer").values()})
+        _await(lambda: not any(map(psutil.pid_exists, before)))
+    summary = json.loads((output_dir / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["rows_lost"] == summary["rows_left"] == 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -509,6 +510,33 @@ class HostedLife(Life):
         if self.random.random() < 0.1:
             self.plan.resume()
         super().feed()
+
+
+def test_a_host_may_die_while_it_takes_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one begins anew as that would have."""
+    life = HostedLife(0, 1, tmp_path / "journal")
+    life.host.begin(0, 2)
+    life.host.end_prompts()
+    snapshot = life.host.snapshot()
+    life.host.close()
+    resumed = dataclasses.replace(life._settings, limit=5, snapshot=snapshot)
+
+    def die(host: StreamHost) -> None:
+        raise KeyboardInterrupt
+
+    journal = tmp_path / "second"
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamHost, "_keep", die)
+        with pytest.raises(KeyboardInterrupt):
+            StreamHost(resumed, journal=journal)
+    assert journal.exists()
+    plans = []
+    for path in (journal, tmp_path / "third"):
+        host = StreamHost(resumed, journal=path)
+        plans.append(host.plan.state())
+        host.close()
+    assert plans[0] == plans[1]
+    assert not plans[0].has_ended
 
 
 @given(seed=st.integers(0, 1 << 30), bound=st.integers(0, 3))

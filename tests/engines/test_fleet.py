@@ -29,9 +29,9 @@ Record = dict[str, Any]
 class Fleet:
     """A fleet in a process of its own, which can be killed."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), json.dumps(arguments)],
+            [sys.executable, str(PROGRAM), str(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -88,7 +88,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             arguments = {"endpoint": server.endpoint, "secret": server.secret, "name": name, "before": before}
             arguments |= {"num_workers": num_workers, "keeper_pid": keeper_pid, "log_dir": str(tmp_path), "gate": gate}
             arguments["weights"] = msgspec.to_builtins(weights)
-            fleets.append(Fleet(arguments))
+            (told := tmp_path / f"fleet{len(fleets)}.json").write_text(json.dumps(arguments))
+            fleets.append(Fleet(told))
             return fleets[-1]
 
         yield begin
@@ -146,6 +147,18 @@ def test_a_worker_that_had_not_begun_finds_the_weights_with_the_next_fleet(start
         time.sleep(0.5)
         fleet = start(before, num_workers=1, weights=publisher.address)
         assert pids(fleet.until_serving(1)) == pids(before)
+        assert fleet.end()["num_replaced"] == 0
+
+
+def test_a_worker_that_does_not_listen_yet_is_told_more_than_a_socket_holds(start: Start, tmp_path: Path) -> None:
+    weights = {f"layers.{number}.a_weight_with_a_long_name": torch.zeros(1) for number in range(4000)}
+    with WeightPublisher(weights) as publisher:
+        assert len(msgspec.json.encode(publisher.address)) > 400_000
+        gate = tmp_path / "gate"
+        fleet = start(num_workers=1, gate=str(gate), weights=publisher.address)
+        fleet.view()
+        gate.touch()
+        fleet.until_serving(1)
         assert fleet.end()["num_replaced"] == 0
 
 

@@ -51,7 +51,7 @@ class Count(Job):
 
 
 def main() -> None:
-    told = json.loads(sys.argv[1])
+    told = json.loads(Path(sys.argv[1]).read_text())
     weights = {POLICY: keep(msgspec.convert(told["weights"], WeightsAddress))} if told["weights"] else {}
     surroundings = Surroundings(told["endpoint"], told["secret"], weights)
     before = msgspec.convert(told["before"], list[WorkerRecord])

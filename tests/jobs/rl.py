@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_flashrl import AsyncRL, FlashRecovery, StreamingDataModule
 from lightning_flashrl.algorithms import GRPO
@@ -147,6 +148,8 @@ def main() -> None:
     parser.add_argument("--die-at", default="", help="hook at which rank 0 is killed")
     parser.add_argument("--save-at", type=int, help="step after which a checkpoint is written and the run stops")
     parser.add_argument("--ckpt-path", type=Path, help="where it is written to, or read from without --save-at")
+    parser.add_argument("--fallback", help="what to do when all is lost")
+    parser.add_argument("--save-every", type=Path, help="where a checkpoint is written after each step")
     options = parser.parse_args()
     torch.set_num_threads(1)
     engine = make_engine()
@@ -160,15 +163,21 @@ def main() -> None:
     )
     callbacks: list[L.Callback] = [RunRecorder(options.output_dir)]
     if options.strategy == "flash_ddp":
-        callbacks.append(FlashRecovery())
+        callbacks.append(FlashRecovery(fallback=options.fallback))
     if options.die_at:
         callbacks.append(DieAt(options.die_at))
     if options.save_at:
         callbacks.append(SaveAt(options.save_at, options.ckpt_path))
+    if options.save_every:
+        callbacks.append(ModelCheckpoint(options.save_every, every_n_train_steps=1, save_top_k=-1))
     if options.schedule:
         callbacks.append(Chaos(options.output_dir, schedule=options.schedule))
     trainer = make_trainer(
-        max_steps=options.max_steps, strategy=options.strategy, devices=options.devices, callbacks=callbacks
+        max_steps=options.max_steps,
+        strategy=options.strategy,
+        devices=options.devices,
+        callbacks=callbacks,
+        enable_checkpointing=options.save_every is not None,
     )
     trainer.fit(make_module(engine), data, ckpt_path=None if options.save_at else options.ckpt_path)
     if trainer.is_global_zero:

@@ -93,6 +93,14 @@ def test_what_is_put_after_a_resume_has_a_place_of_its_own(tmp_path: Path) -> No
         assert [prompt.tolist() for prompt in queue.lease("rollout", count=2)["prompt"]] == [[0, 1], [0, 1, 2, 3]]
 
 
+def test_what_a_rewriting_that_was_killed_has_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "queue.journal"
+    for left in ("queue.journal.123.tmp", "queue.journal2.123.tmp"):
+        (tmp_path / left).write_bytes(b"half")
+    make(path).shutdown()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["queue.journal", "queue.journal2.123.tmp"]
+
+
 def test_a_closed_queue_stays_closed_and_memory_of_restored_rows_returns(tmp_path: Path) -> None:
     path = tmp_path / "queue.journal"
     first = make(path)

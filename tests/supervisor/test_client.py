@@ -100,6 +100,28 @@ def test_outside_of_a_job_there_is_no_client(monkeypatch: pytest.MonkeyPatch) ->
     assert RankClient.from_environ() is None
 
 
+@pytest.mark.parametrize("value", [b"there", None])
+def test_whether_a_key_is_set_is_known_when_the_controller_has_answered(rig: Rig, value: bytes | None) -> None:
+    """However long that takes: it may be hung, and its successor be asked again."""
+    rig.start()
+    found: list[bytes | None] = []
+    asker = threading.Thread(target=lambda: found.append(rig.client.store_find("key")))
+    asker.start()
+    get, put, probe = rig.sent(3)
+    assert isinstance(get, protocol.StoreGet)
+    assert isinstance(put, protocol.StoreSet)
+    assert isinstance(probe, protocol.StoreGet)
+    assert get.key == "key"
+    assert put.key == probe.key
+    asker.join(1.5)
+    assert asker.is_alive()
+    if value is not None:
+        rig.send(protocol.StoreValue(get.request_id, value))
+    rig.send(protocol.StoreValue(put.request_id, b""), protocol.StoreValue(probe.request_id, b""))
+    asker.join(5)
+    assert found == [value]
+
+
 def test_the_client_knows_its_place(rig: Rig) -> None:
     client = rig.client
     assert (client.global_rank, client.local_rank, client.world_size, client.local_world_size) == (5, 1, 6, 2)
