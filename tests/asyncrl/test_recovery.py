@@ -222,7 +222,8 @@ def _await(is_so: Callable[[], bool]) -> None:
 
 def test_a_recovered_run_is_the_run_that_never_failed_given_the_same_rows(tmp_path: Path) -> None:
     """Bit for bit, with several micro-batches a step, two ranks and stale rows."""
-    faults = ["kill rank=1 step=2 phase=backward count=2", "kill rank=0 step=4 phase=forward"]
+    # A rank that comes late may get no micro-batch, but never no backward pass.
+    faults = ["kill rank=1 step=2 phase=backward", "kill rank=0 step=4 phase=batch_end"]
     recovered = run(tmp_path / "recovered", *faults, record=tmp_path / "record", **{"max-staleness": 2})
     assert recovered["recoveries"] == 2
     assert recovered["staleness_max"] > 0
