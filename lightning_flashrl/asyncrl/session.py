@@ -349,7 +349,6 @@ class RankSession(Session):
         self._client = host.queue
         if home is not None:
             self._client.reconnect_timeout_s = _PATIENCE_S
-        if home is not None:
             home.keep_weights(host)
         self._home = home
         super().__init__(self._client, steps, replica_rank, stages, record)
