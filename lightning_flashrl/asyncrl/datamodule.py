@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_flashrl.asyncrl.host import HostAddress
-from lightning_flashrl.asyncrl.host_process import HostHome
+from lightning_flashrl.asyncrl.host_process import HostHome, HostLeftError
 from lightning_flashrl.asyncrl.prompts import PromptSource, Tokenizer, as_problem, text_of
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.session import (
+    EndedSession,
     LeadSession,
     Policy,
     Prompts,
@@ -326,12 +327,13 @@ class StreamingDataModule(L.LightningDataModule):
         self.is_over = False
         return session
 
-    def join(self, address: HostAddress, replica_rank: int, stages: Stages, home: HostHome | None) -> RankSession:
+    def join(self, address: HostAddress, replica_rank: int, stages: Stages, home: HostHome | None) -> None:
         """Join the session on another rank; see :meth:`host`."""
-        session = RankSession(address, self.steps, replica_rank, stages, self._step_record(), home)
-        self._session = session
+        try:
+            self._session = RankSession(address, self.steps, replica_rank, stages, self._step_record(), home)
+        except HostLeftError:
+            self._session = EndedSession(stages)
         self.is_over = False
-        return session
 
     def _step_record(self) -> StepRecord | None:
         if self._record is None or self.trainer is None:

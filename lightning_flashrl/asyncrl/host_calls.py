@@ -182,19 +182,21 @@ class RemoteHost:
         """See :meth:`StreamHost.snapshot`."""
         return self._ask(TakeSnapshot(), bytes)
 
+    def end_workers(self) -> None:
+        """Wait until the host has ended its workers; it stays, for others that ask."""
+        last: list[HostView] = []
+        while not last:
+            self._ask(End(), type(None))  # again and again: perhaps to its successor
+            last = self._ask(AskLast(), list[HostView])
+            clock.sleep(_POLL_S)
+        [self._last] = last
+
     def close(self) -> None:
-        """End the host, and wait until it has ended its workers."""
-        if self._last is None:
-            last: list[HostView] = []
-            while not last:
-                self._ask(End(), type(None))  # again and again: perhaps to its successor
-                last = self._ask(AskLast(), list[HostView])
-                clock.sleep(_POLL_S)
-            [self._last] = last
-            self.queue.reconnect_timeout_s = 0.0
-            with contextlib.suppress(QueueUnavailableError):
-                self._ask(Leave(), type(None))
-            self.queue.disconnect()
+        """End the host, whose workers have ended."""
+        self.queue.reconnect_timeout_s = 0.0
+        with contextlib.suppress(QueueUnavailableError):
+            self._ask(Leave(), type(None))
+        self.queue.disconnect()
 
 
 def find_failure(queue: TransferQueueClient) -> tuple[str, str] | None:

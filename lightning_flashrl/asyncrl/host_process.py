@@ -60,21 +60,30 @@ _HOST = "flashrl-host"
 """What the kernel calls a host that serves, or is about to."""
 
 
+class HostLeftError(Exception):
+    """All steps are trained, and the host has been ended."""
+
+
 class HostHome:
     """Where the host of a fit is written down, so that rank 0's successor finds it, and who starts it.
+
+    Its journal stays until the program is over: a successor of rank 0 goes through the end of the fit again.
 
     Args:
         client: of the rank.
         fit: number of the fit.
+        at_end: is given what to do when no rank will be replaced any more.
 
     Attributes:
         settings: returns what the next host must know; ``None`` until that is known.
     """
 
-    def __init__(self, client: RankClient, fit: int) -> None:
+    def __init__(self, client: RankClient, fit: int, at_end: Callable[[Callable[[], None]], None]) -> None:
         self.settings: Callable[[], HostSettings] | None = None
         self._client = client
-        self._key = f"kept/asyncrl/{fit}"
+        self._at_end = at_end
+        self._fit = fit
+        self._key = _key(fit)
         self._address: HostAddress | None = None
         self._kept: list[WeightsAddress] = []
 
@@ -88,9 +97,15 @@ class HostHome:
             return None
         if (before := client.store_find(f"before/{self._key}")) is not None:
             _end_life(msgspec.json.decode(before, type=HostAddress))
-        if not client.is_newcomer or (found := client.store_find(self._key)) is None:
+        if not client.is_newcomer:
             return None
-        self._address = address = msgspec.json.decode(found, type=HostAddress)
+        known = [self._look_up(fit) for fit in range(self._fit + 1)]
+        for one in known:
+            if one is not None:
+                self._remove_at_end(one)
+        self._address = address = known[-1]
+        if address is None:
+            return None
         try:
             socket.create_connection(("127.0.0.1", address.port), _FIND_TIMEOUT_S).close()  # refused at once
             return RemoteHost(address, self._revive)
@@ -131,6 +146,31 @@ class HostHome:
                 break
         self._client.store_set(self._weights_key(self._client.global_rank), msgspec.json.encode(kept))
 
+    def _look_up(self, fit: int) -> HostAddress | None:
+        found = self._client.store_find(_key(fit))
+        return None if found is None else msgspec.json.decode(found, type=HostAddress)
+
+    def _remove_at_end(self, address: HostAddress) -> None:
+        self._at_end(lambda: remove_journal(Path(address.journal)))
+
+    def note_over(self) -> None:
+        """Write down that all steps are trained: the host is about to leave."""
+        self._client.store_set(self._over_key, b"")
+        self._client.store_find(self._over_key)  # the controller knows it now
+
+    def check_not_over(self) -> None:
+        """See whether a host may still come.
+
+        Raises:
+            HostLeftError: none will.
+        """
+        if self._client.store_find(self._over_key) is not None:
+            raise HostLeftError
+
+    @property
+    def _over_key(self) -> str:
+        return f"{self._key}/over"
+
     def find_weights(self) -> dict[str, WeightsAddress] | None:
         """Return the weights that other ranks have kept, if this rank has a predecessor."""
         if not self._client.is_newcomer:
@@ -162,6 +202,7 @@ class HostHome:
             folder.mkdir(parents=True, exist_ok=True)
             journal = str(folder / f"queue-{token[:8]}.journal")
             self._address = HostAddress(f"tcp://127.0.0.1:{free_port()}", token, journal)
+            self._remove_at_end(self._address)
             self._client.store_set(self._key, msgspec.json.encode(self._address))
         self._start(made)  # and again, should it be killed as soon as it is there
         return RemoteHost(self._address, self._revive, connect_timeout_s=_START_TIMEOUT_S)
@@ -211,6 +252,10 @@ class HostHome:
         """End the host on standby."""
         if self._address is not None:
             _end_standby(self._address)
+
+
+def _key(fit: int) -> str:
+    return f"kept/asyncrl/{fit}"
 
 
 class _Stopped:
@@ -377,7 +422,6 @@ def main() -> None:
     service.last = [host.view()]
     service.may_leave.wait()
     host.close()
-    remove_journal(Path(address.journal))
 
 
 if __name__ == "__main__":

@@ -203,8 +203,9 @@ class AsyncRL(L.LightningModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy, FlashDDPStrategy):
             return None
-        assert strategy.runtime is not None
-        return HostHome(strategy.runtime.client, strategy.runtime.num_fits)
+        runtime = strategy.runtime
+        assert runtime is not None
+        return HostHome(runtime.client, runtime.num_fits, runtime.at_end.append)
 
     def _stages(self) -> Stages:
         algorithm = self.algorithm

@@ -26,7 +26,7 @@ from lightning_flashrl import clock
 from lightning_flashrl.asyncrl.feeder import Feeder, TakeProblems
 from lightning_flashrl.asyncrl.host import HostAddress, HostSettings, HostView, StreamHost
 from lightning_flashrl.asyncrl.host_calls import HostService, RemoteHost, find_failure
-from lightning_flashrl.asyncrl.host_process import HostHome
+from lightning_flashrl.asyncrl.host_process import HostHome, HostLeftError
 from lightning_flashrl.asyncrl.recording import StepRecord
 from lightning_flashrl.asyncrl.settings import RolloutSettings, StepSettings, Workflow
 from lightning_flashrl.asyncrl.stages import Stages
@@ -334,6 +334,9 @@ class RankSession(Session):
         stages: the run's tasks.
         record: where micro-batches are written down; ``None`` for nowhere.
         home: of the host, where ranks may die.
+
+    Raises:
+        HostLeftError: all steps are trained.
     """
 
     def __init__(
@@ -345,11 +348,18 @@ class RankSession(Session):
         record: StepRecord | None = None,
         home: HostHome | None = None,
     ) -> None:
-        host = RemoteHost(address, connect_timeout_s=0.0 if home is None else _PATIENCE_S)
-        self._client = host.queue
-        if home is not None:
+        if home is None:
+            self._client = RemoteHost(address).queue
+        else:
+            home.check_not_over()
+            host = RemoteHost(address, home.check_not_over, connect_timeout_s=_PATIENCE_S)
+            self._client = host.queue
             self._client.reconnect_timeout_s = _PATIENCE_S
-            home.keep_weights(host)
+            try:
+                home.keep_weights(host)
+            except HostLeftError:
+                self._client.disconnect()
+                raise
         self._home = home
         super().__init__(self._client, steps, replica_rank, stages, record)
 
@@ -368,6 +378,23 @@ class RankSession(Session):
         self._client.disconnect()
         if self._home is not None:
             self._home.let_go()
+
+
+class EndedSession(Session):
+    """The session of a rank that was replaced when all steps were trained, and the host had left.
+
+    Args:
+        stages: the run's tasks.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self.waited_s = 0.0
+        self.began_s = None
+        self.stages = stages
+
+    def micro_batches(self, version: int) -> Iterator[Lease]:
+        """Iterate over nothing."""
+        return iter(())
 
 
 class ReplaySession(Session):
@@ -497,6 +524,9 @@ class LeadSession(Session):
             if home is not None:
                 stack.callback(home.close)
             stack.callback(self._host.close)
+            if home is not None:
+                stack.callback(home.note_over)
+            stack.callback(self._host.end_workers)
             self._published = self.publisher.version
             self.queue = self._host.queue
             self.address = self._host.address

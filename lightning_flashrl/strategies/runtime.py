@@ -137,6 +137,8 @@ class RecoveryRuntime:
             on_waiting=self._note_waiting,
             on_seq=self._note_seq,
         )
+        self.at_end: list[Callable[[], None]] = []
+        """What to do when the program is over, and no rank will be replaced any more."""
         self._published = self.read_published(self.slot)
         self.is_newcomer = client.is_newcomer
         self._has_arrived = False
@@ -191,8 +193,13 @@ class RecoveryRuntime:
         if not self._has_arrived:
             self._has_arrived = True
             threading.Thread(target=self._run, name="flashrl-recovery", daemon=True).start()
-        atexit.register(self._leave_together)
+        atexit.register(self._leave)
         return group
+
+    def _leave(self) -> None:
+        self._leave_together()
+        for action in self.at_end:
+            action()
 
     def _leave_together(self) -> None:
         """At the end of the program: a rank may be lost after its fit, and needs a donor then."""

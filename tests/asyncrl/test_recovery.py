@@ -67,9 +67,11 @@ def test_a_killed_rank_takes_no_row_with_it(tmp_path: Path, rank: int, phase: st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
-def test_a_rank_may_be_killed_when_all_is_trained(tmp_path: Path, hook: str) -> None:
-    check(run(tmp_path, **{"die-at": hook}), recoveries=1)
+def test_a_rank_may_be_killed_when_all_is_trained(tmp_path: Path, hook: str, rank: int) -> None:
+    # At the second hook the host has left already.
+    check(run(tmp_path, **{"die-at": hook, "die-rank": rank}), recoveries=1)
 
 
 def test_the_queue_may_die_and_takes_no_row_with_it(tmp_path: Path) -> None:
@@ -237,11 +239,16 @@ def test_a_recovered_run_is_the_run_that_never_failed_given_the_same_rows(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_goes_on_elsewhere_with_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "die_at"), [(1, 2, ""), (2, 1, ""), (2, 2, "on_train_end"), (2, 2, "on_fit_end")]
+)
+def test_a_run_goes_on_elsewhere_with_another_number_of_ranks(
+    tmp_path: Path, before: int, after: int, die_at: str
+) -> None:
+    """A rank 0 that is killed at the end has a successor, which writes the checkpoint again."""
     path = tmp_path / "last.ckpt"
     settings = {"max-staleness": 2, "max-steps": 8, "ckpt-path": path}
-    first = {"devices": before, "strategy": "flash_ddp" if before > 1 else "auto", "save-at": 3}
+    first = {"devices": before, "strategy": "flash_ddp" if before > 1 else "auto", "save-at": 3, "die-at": die_at}
     run(tmp_path / "before", record=tmp_path / "first", **settings, **first)
     second = {"devices": after, "strategy": "flash_ddp" if after > 1 else "auto"}
     summary = run(tmp_path / "after", record=tmp_path / "second", **settings, **second)

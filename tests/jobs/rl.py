@@ -66,13 +66,14 @@ class Freezing:
 
 
 class DieAt(L.Callback):
-    """Kills rank 0 at a hook, once."""
+    """Kills a rank at a hook, once."""
 
-    def __init__(self, hook: str) -> None:
+    def __init__(self, hook: str, rank: int) -> None:
         setattr(self, hook, self._die)
+        self._rank = rank
 
     def _die(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.is_global_zero and os.environ["FLASHRL_INCARNATION"] == "0":
+        if trainer.global_rank == self._rank and os.environ["FLASHRL_INCARNATION"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -145,7 +146,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--gate", help="rewards of the third step wait for this file")
-    parser.add_argument("--die-at", default="", help="hook at which rank 0 is killed")
+    parser.add_argument("--die-at", default="", help="hook at which a rank is killed")
+    parser.add_argument("--die-rank", type=int, default=0, help="which one")
     parser.add_argument("--save-at", type=int, help="step after which a checkpoint is written and the run stops")
     parser.add_argument("--ckpt-path", type=Path, help="where it is written to, or read from without --save-at")
     parser.add_argument("--fallback", help="what to do when all is lost")
@@ -165,7 +167,7 @@ def main() -> None:
     if options.strategy == "flash_ddp":
         callbacks.append(FlashRecovery(fallback=options.fallback))
     if options.die_at:
-        callbacks.append(DieAt(options.die_at))
+        callbacks.append(DieAt(options.die_at, options.die_rank))
     if options.save_at:
         callbacks.append(SaveAt(options.save_at, options.ckpt_path))
     if options.save_every:
