@@ -78,7 +78,7 @@ class DieAt(L.Callback):
 
 
 class SaveAt(L.Callback):
-    """Writes a checkpoint after a step, and stops the run."""
+    """Stops the run after a step, and writes a checkpoint when it has ended, again in whoever takes a rank's place."""
 
     def __init__(self, step: int, path: Path) -> None:
         self._step = step
@@ -86,8 +86,10 @@ class SaveAt(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:
-            trainer.save_checkpoint(self._path)
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self._path)
 
 
 def make_engine(seed: int = 0) -> CausalLMTrainer:
