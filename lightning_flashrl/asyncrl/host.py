@@ -95,6 +95,7 @@ class HostState(msgspec.Struct, frozen=True):
         num_replaced: workers that died and were replaced.
         recovery_ms: see :attr:`HostView.recovery_ms`.
         is_snapshot: whether it comes from a checkpoint, and nobody has gone on from it yet.
+        num_inherited: see :attr:`HostView.num_inherited`.
     """
 
     plan: PlanState
@@ -103,6 +104,7 @@ class HostState(msgspec.Struct, frozen=True):
     num_replaced: int
     recovery_ms: dict[str, list[float]]
     is_snapshot: bool = False
+    num_inherited: int = 0
 
 
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +118,7 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
         num_begun: prompt groups that have begun.
         room: prompt groups that may begin now.
         num_decided: rows of steps that are done, but not final.
+        num_inherited: rows in the queue that had been trained before the checkpoint from which the run goes on.
         num_failed_in_a_row: rows that failed since the last complete one.
         num_uninformative: rows that were replaced because their group had equal rewards.
         num_uninformative_in_a_row: those since a step last took a group.
@@ -132,6 +135,7 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     num_begun: int
     room: int
     num_decided: int
+    num_inherited: int
     num_failed_in_a_row: int
     num_uninformative: int
     num_uninformative_in_a_row: int
@@ -172,12 +176,13 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
         """Return what became of all rows so far, and how busy rollouts were.
 
         Rows are counted by the queue's ledger; those that were left out, by the plan. What neither knows of is lost.
+        Of a run that goes on from a checkpoint, what was trained before that does not count.
         """
         update = self.queue.tasks[UPDATE]
         dropped = update.num_dropped + update.num_stale
         return {
-            "rows_generated": float(self.queue.tasks["rollout"].num_committed),
-            "rows_committed": float(update.num_committed + self.num_decided),
+            "rows_generated": float(self.queue.tasks["rollout"].num_committed - self.num_inherited),
+            "rows_committed": float(update.num_committed + self.num_decided - self.num_inherited),
             "rows_dropped": float(dropped),
             "rows_left": float(update.num_open - self.num_decided),
             "rows_lost": float(self.queue.num_put - update.num_committed - dropped - update.num_open),
@@ -255,6 +260,7 @@ class StreamHost:
         self._settings = settings
         self._is_over = False
         self._before = None
+        self._num_inherited = 0
         self._own_recovery_ms: list[float] = []
         self._fleets: list[WorkerFleet] = []
         with contextlib.ExitStack() as stack:
@@ -297,6 +303,7 @@ class StreamHost:
         """Take over from a host that is gone, before its rows come."""
         self._before = msgspec.msgpack.decode(note, type=HostState)
         self.plan.load(self._before.plan)
+        self._num_inherited = self._before.num_inherited
         if self._before.is_snapshot:
             self.plan.begin_anew(self._settings.version, self._settings.limit)
 
@@ -323,6 +330,9 @@ class StreamHost:
                     assert isinstance(pool.sampler, StepSampler)
                     pool.sampler.settle(groups, open_rows[task])
                 self.queue.control.refresh(task)
+            if self._before is not None and self._before.is_snapshot:
+                committed = self.queue.statistics().tasks[UPDATE].num_committed
+                self._num_inherited = committed + self.plan.num_decided(UPDATE)
 
     def snapshot(self) -> bytes:
         """Return rows and prompts that are under way, for the host of a run that goes on from a checkpoint."""
@@ -333,7 +343,14 @@ class StreamHost:
 
     def _keep(self) -> None:
         """Write down what the next host must know."""
-        state = HostState(self.plan.state(), self._wanted(), self._workers(), self._num_replaced(), self._recovery_ms())
+        state = HostState(
+            self.plan.state(),
+            self._wanted(),
+            self._workers(),
+            self._num_replaced(),
+            self._recovery_ms(),
+            num_inherited=self._num_inherited,
+        )
         self.queue.note(msgspec.msgpack.encode(state))
 
     def _wanted(self) -> dict[str, int]:
@@ -429,6 +446,7 @@ class StreamHost:
                 num_begun=plan.num_begun,
                 room=plan.room(),
                 num_decided=plan.num_decided(UPDATE),
+                num_inherited=self._num_inherited,
                 num_failed_in_a_row=plan.num_failed_in_a_row,
                 num_uninformative=plan.num_uninformative,
                 num_uninformative_in_a_row=plan.num_uninformative_in_a_row,

@@ -71,7 +71,7 @@ SUMMARY_KEYS = {
     "wall_s": "time from the start of the rollout workers to the end of training",
     "weights_sha256": "hash of the trained weights",
 }
-"""What ``summary.json`` holds."""
+"""What ``summary.json`` holds. ``rows_*`` count from the last start, which may have been from a checkpoint."""
 
 
 def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
@@ -102,6 +102,7 @@ class RunRecorder(L.Callback):
         self.output_dir = Path(output_dir)
         self.last_validated_step = -1
         self._last_step = 0.0
+        self._started_at = 0
         self._pid = os.getpid()
         self._is_successor = False
         self._books: dict[str, Any] = {}
@@ -172,9 +173,10 @@ class RunRecorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""
+        assert isinstance(pl_module, AsyncRL)
+        self._started_at = pl_module.policy_version
         runtime = getattr(trainer.strategy, "runtime", None)
         if self._is_successor and runtime is not None and not runtime.is_newcomer:  # the job goes on from a checkpoint
-            assert isinstance(pl_module, AsyncRL)
             mend_history(self.output_dir, pl_module.policy_version)
             for path in (self.output_dir / _RANKS / _BOOKS, self.output_dir / "summary.json"):
                 path.unlink(missing_ok=True)
@@ -267,7 +269,8 @@ class RunRecorder(L.Callback):
         steps, validations = read_history(self.output_dir) if self._last_step else ([], [])
         books = dict(self._books)
         rows = sum(step["rows"] for step in steps)
-        committed = books.pop("rows_committed", rows)
+        trained = sum(step["rows"] for step in steps if step["step"] > self._started_at)
+        committed = books.pop("rows_committed", trained)
         spent_s = sum(step["step_s"] for step in steps) or 1.0
 
         def mean(name: str, some: list[dict[str, Any]]) -> float | None:
@@ -286,8 +289,8 @@ class RunRecorder(L.Callback):
             "greedy_accuracy_first": accuracy("greedy", 0),
             "greedy_accuracy_last": accuracy("greedy", -1),
             **{name: int(books.get(name, 0)) for name in SUMMARY_KEYS if name.startswith("rows_")},
-            "rows_trained": int(rows),
-            "rows_duplicated": int(max(0, rows - committed)),
+            "rows_trained": int(trained),
+            "rows_duplicated": int(max(0, trained - committed)),
             "staleness_max": int(max((step["staleness/max"] for step in steps), default=0)),
             "staleness_mean": mean("staleness/oldest", steps),
             "tokens_per_s": sum(step["tokens"] for step in steps) / spent_s,
