@@ -503,28 +503,13 @@ class LeadSession(Session):
             if home is None:
                 self._weights = self._publish_first(stack)
                 self._host = _serve(StreamHost(settings()))
+                stack.callback(self._host.close)
             else:
-                found = home.find()
-                stack.callback(home.let_go)
-                weights = None
-                if found is not None:
-                    try:
-                        weights = home.keep(found.surroundings.weights)
-                    except ConfigurationError:  # it has died meanwhile
-                        found.queue.disconnect()
-                        found = None
-                weights = weights or home.find_weights()
-                if weights is None:
-                    self._weights = self._publish_first(stack)
-                else:
-                    self._weights = weights
-                    self.publisher = stack.enter_context(WeightPublisher.attach(weights[POLICY]))
+                found = self._take_over(home, stack)
                 home.settings = settings
                 self._host = found or home.start(settings)
-            if home is not None:
                 stack.callback(home.close)
-            stack.callback(self._host.close)
-            if home is not None:
+                stack.callback(self._host.close)
                 stack.callback(home.note_over)
             stack.callback(self._host.end_workers)
             self._published = self.publisher.version
@@ -536,6 +521,25 @@ class LeadSession(Session):
             )
             stack.callback(self._feeder.close)
             self._resources = stack.pop_all()
+
+    def _take_over(self, home: HostHome, stack: contextlib.ExitStack) -> RemoteHost | None:
+        """Go on with what a predecessor has left: its weights, wherever they are, and its host, which is returned."""
+        found = home.find()
+        stack.callback(home.let_go)
+        weights = None
+        if found is not None:
+            try:
+                weights = home.keep(found.surroundings.weights)
+            except ConfigurationError:  # it has died meanwhile
+                found.queue.disconnect()
+                found = None
+        weights = weights or home.find_weights()
+        if weights is None:
+            self._weights = self._publish_first(stack)
+        else:
+            self._weights = weights
+            self.publisher = stack.enter_context(WeightPublisher.attach(weights[POLICY]))
+        return found
 
     def _publish_first(self, stack: contextlib.ExitStack) -> dict[str, WeightsAddress]:
         """Publish the weights that training begins with. Those of a reference are kept beside those that change."""

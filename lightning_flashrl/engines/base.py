@@ -176,21 +176,23 @@ class CriticEngine(Protocol):
         """Return the value ``[N, L - 1]`` before each token but the first."""
 
 
-def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes with those of the weights that a model exchanges.
+def copy_weights(live: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into those that a model exchanges.
 
     Raises:
-        ConfigurationError: they differ.
+        ConfigurationError: names or shapes differ; nothing is copied then.
     """
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing, unknown = sorted(live.keys() - weights.keys()), sorted(weights.keys() - live.keys())
     if missing or unknown:
         raise ConfigurationError(
             f"weights do not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), {len(unknown)} unknown "
             f"({', '.join(unknown[:3])}); publish the weights() of a trainer with the same model and adapters"
         )
     for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
+        if weight.shape != live[name].shape:
             raise ConfigurationError(
-                f"weight {name!r} has the shape {list(weight.shape)}, the model's has {list(expected[name].shape)}; "
+                f"weight {name!r} has the shape {list(weight.shape)}, the model's has {list(live[name].shape)}; "
                 "publish the weights() of a trainer with the same model and adapters"
             )
+    for name, weight in weights.items():
+        live[name].copy_(weight)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_flashrl.engines.base import TrainerEngine, check_weights
+from lightning_flashrl.engines.base import TrainerEngine, copy_weights
 from lightning_flashrl.engines.process import REFERENCE_POLICY, Begin, Job
 from lightning_flashrl.engines.stage import Result, StageWorker
 from lightning_flashrl.engines.trainer import TokenBatch
@@ -45,10 +45,7 @@ class FrozenPolicy:
         Raises:
             ConfigurationError: they are those of another model.
         """
-        live = self._engine.weights()
-        check_weights(live, weights)
-        for name, weight in weights.items():
-            live[name].copy_(weight)
+        copy_weights(self._engine.weights(), weights)
         self.version = version
 
     def score(self, tokens: Tensor) -> Tensor:

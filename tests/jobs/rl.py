@@ -66,14 +66,16 @@ class Freezing:
 
 
 class DieAt(L.Callback):
-    """Kills a rank at a hook, once."""
+    """Kills a rank at a hook, once, and leaves a file that says so."""
 
-    def __init__(self, hook: str, rank: int) -> None:
+    def __init__(self, hook: str, rank: int, struck: Path) -> None:
         setattr(self, hook, self._die)
         self._rank = rank
+        self._struck = struck
 
     def _die(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_rank == self._rank and os.environ["FLASHRL_INCARNATION"] == "0":
+        if trainer.global_rank == self._rank and not self._struck.exists():
+            self._struck.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -169,7 +171,7 @@ def main() -> None:
     if options.strategy == "flash_ddp":
         callbacks.append(FlashRecovery(fallback=options.fallback))
     if options.die_at:
-        callbacks.append(DieAt(options.die_at, options.die_rank))
+        callbacks.append(DieAt(options.die_at, options.die_rank, options.output_dir / "struck"))
     if options.save_at:
         callbacks.append(SaveAt(options.save_at, options.ckpt_path))
     if options.save_every:

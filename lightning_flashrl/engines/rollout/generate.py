@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, copy_weights
 from lightning_flashrl.engines.exchange import exchanged_weights
 from lightning_flashrl.engines.rollout.request import Request, check_prompts, draw, score_tokens
 from lightning_flashrl.errors import ConfigurationError
@@ -148,10 +148,7 @@ class TransformersGenerate:
         Raises:
             ConfigurationError: a name or shape that the model does not have, or lacks.
         """
-        live = exchanged_weights(self._model)
-        check_weights(live, weights)
-        for name, target in live.items():
-            target.copy_(weights[name])
+        copy_weights(exchanged_weights(self._model), weights)
         self.version = version
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_flashrl import clock
-from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, copy_weights
 from lightning_flashrl.engines.bigram import BigramPolicy
 from lightning_flashrl.engines.rollout.request import Request, check_prompts, draw
 from lightning_flashrl.errors import ConfigurationError
@@ -246,11 +246,8 @@ class SimulatedEngine:
         Raises:
             ConfigurationError: a name or shape that the policy does not have, or lacks.
         """
-        live = self._policy.state_dict()
-        check_weights(live, weights)
+        copy_weights(self._policy.state_dict(), weights)
         self._pass(self.speed.swap_s)
-        for name, target in live.items():
-            target.copy_(weights[name])
         self.version = version
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, check_weights
+from lightning_flashrl.engines.base import Completion, Finish, Prompt, Sampling, copy_weights
 from lightning_flashrl.engines.exchange import exchanged_weights
 from lightning_flashrl.engines.rollout.request import Request, check_prompts, draw, score_tokens
 from lightning_flashrl.errors import ConfigurationError
@@ -234,10 +234,7 @@ class SlotDecoder:
         Raises:
             ConfigurationError: a name or shape that the model does not have, or lacks.
         """
-        live = exchanged_weights(self._model)
-        check_weights(live, weights)
-        for name, target in live.items():
-            target.copy_(weights[name])
+        copy_weights(exchanged_weights(self._model), weights)
         self.version = version
         if self.recompute_cache:
             under_way = [request for request in self._slots if request is not None]
