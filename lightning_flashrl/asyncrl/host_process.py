@@ -156,7 +156,6 @@ class HostHome:
     def note_over(self) -> None:
         """Write down that all steps are trained: the host is about to leave."""
         self._client.store_set(self._over_key, b"")
-        self._client.store_find(self._over_key)  # the controller knows it now
 
     def check_not_over(self) -> None:
         """See whether a host may still come.
