@@ -179,6 +179,7 @@ def test_what_cannot_be_is_refused_in_a_few_lines(arguments: list[str], told: st
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_several_runs_and_recipes_of_ones_own(tmp_path: Path) -> None:
     mine = tmp_path / "mine" / "experiment"
     mine.mkdir(parents=True)

@@ -26,16 +26,16 @@ forward | 3 | {MANY} | kill rank=1 step=5 phase=forward |
 inside the optimizer | 3 | {MANY} --die 0:4:optimizer | |
 batch end | 3 | {MANY} --die 1:6:batch_end_late | |
 a replacement saves a checkpoint | 3 | {MANY} | kill rank=1 step=5 phase=optimizer_step;kill rank=1 step=6 phase=checkpoint |
-commit | 3 | | kill rank=1 step=4 phase=commit |
 all-reduce | 3 | --ddp "{SMALL_BUCKETS}" | kill rank=2 step=4 phase=all_reduce count=2 |
-five times | 2 | | {";".join(f"kill rank=1 step={s} phase={p}" for s, p in [(2, "backward"), (2, "commit"), (4, "forward"), (6, "batch_start"), (8, "backward")])} |
 donor gives | 3 | --die 1:4:backward --die 0:1:giving | |
 stopped | 3 | | stop rank=1 step=4 phase=backward |
 accumulation | 3 | --accumulate 3 --clip 0.3 --batches 7 | kill rank=1 step=1 phase=forward count=3 |
-after the last collective of a batch by hand, before validation | 2 | --manual --feature single --val-every 4 --die 0:4:batch_end | |
 """
 
 SLOW = f"""
+commit | 3 | | kill rank=1 step=4 phase=commit |
+five times | 2 | | {";".join(f"kill rank=1 step={s} phase={p}" for s, p in [(2, "backward"), (2, "commit"), (4, "forward"), (6, "batch_start"), (8, "backward")])} |
+after the last collective of a batch by hand, before validation | 2 | --manual --feature single --val-every 4 --die 0:4:batch_end | |
 sanity check | 3 | {MANY} --die 0:0:sanity | |
 set-up | 3 | {MANY} | kill rank=1 step=0 phase=setup |
 all but one | 3 | | kill rank=0 step=4 phase=backward;kill rank=2 step=4 phase=backward |
@@ -191,6 +191,7 @@ def test_a_rank_that_is_told_to_end_stops_all_after_the_same_step(tmp_path: Path
     assert stopped == dict.fromkeys(range(3), "6")
 
 
+@pytest.mark.slow
 def test_resumed_from_a_checkpoint_and_killed(tmp_path: Path) -> None:
     first = run_flash(tmp_path / "first", 2, "--checkpoint-every", "4", "--max-steps", "6")
     assert first.returncode == 0, first.output

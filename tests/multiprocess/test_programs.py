@@ -135,10 +135,8 @@ def test_fallback_restarts_from_the_newest_checkpoint(tmp_path: Path) -> None:
     assert [result["steps"] for result in results] == [6, 6]
 
 
-@pytest.mark.parametrize(
-    "places",
-    [["after_collective"], pytest.param(["setup", "step"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [["after_collective"], ["setup", "step"]])
 def test_groups_made_by_the_user_recover(tmp_path: Path, places: list[str]) -> None:
     returncode, output, expected = _run(tmp_path / "unfailed", program=GROUPS)
     assert returncode == 0, output
